@@ -1,0 +1,1 @@
+"""Other people's signatures, thin: `compat.flash_attn` and `compat.transformers`."""

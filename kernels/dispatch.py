@@ -1,0 +1,255 @@
+"""Which implementation runs and how a kernel is launched: what all ops share, once.
+
+An op is one function `_op(...)` that asks `uses_triton` and either launches kernels or calls the reference. `register` makes a
+`torch.library` custom op of it, so that torch.compile, autograd and FakeTensors see it; `call` takes the short way past the
+dispatcher when none of them is watching.
+"""
+
+import contextlib
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: Triton has no wheels there, the reference path needs none
+    triton = None
+
+    class _Absent:
+        """Stands for triton.language in kernel signatures, which are evaluated although nothing is ever compiled."""
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, *args, **kwargs):
+            return self
+
+    tl = _Absent()
+
+BACKENDS = ("auto", "triton", "reference")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def jit(fn=None, **options):
+    """`triton.jit`, or the bare function where Triton is not installed."""
+    if fn is None:
+        return lambda f: jit(f, **options)
+    return fn if triton is None else triton.jit(fn, **options)
+
+
+@jit
+def _probe(x):
+    pass
+
+
+INTERPRETED = triton is not None and type(_probe).__name__ == "InterpretedFunction"
+# The interpreter multiplies bfloat16 as raw bits: operands of tl.dot are widened there and nowhere else.
+WIDEN = tl.constexpr(INTERPRETED)
+
+
+# --- backend ---------------------------------------------------------------------------------------------------------
+
+_chosen = None
+
+
+class use_backend:  # noqa: N801 - a function to its users
+    """Choose the implementation: "auto" (Triton for GPU tensors, the reference for CPU tensors), "triton" or "reference".
+
+    Takes effect at once and stays; used as `with use_backend(...):` it is undone at the end of the block.
+    """
+
+    def __init__(self, name):
+        global _chosen
+        self.previous = _chosen
+        _chosen = _known(name, "backend")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        global _chosen
+        _chosen = self.previous
+
+
+def _known(name, source):
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+def backend():
+    """The backend in force: `use_backend`, else the environment's TRILLAMA_BACKEND, else "auto"."""
+    return _chosen or _known(os.environ.get("TRILLAMA_BACKEND") or "auto", "TRILLAMA_BACKEND")
+
+
+def uses_triton(x, dtypes=FLOATS):
+    """Whether an op on the tensor `x` launches Triton kernels."""
+    name = backend()
+    if name == "reference":
+        return False
+    if name == "auto":
+        return x.is_cuda and triton is not None and x.dtype in dtypes
+    if x.dtype not in dtypes:
+        raise TypeError(f"the Triton kernels take {', '.join(str(d)[6:] for d in dtypes)}, not {str(x.dtype)[6:]}")
+    if not x.is_cuda:
+        reason = why_not_triton(x.device)
+        if reason:
+            raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
+    return True
+
+
+def why_not_triton(device):
+    """None where Triton kernels can run on tensors of `device`, else the reason, as half a sentence."""
+    if triton is None:
+        return "Triton is not installed"
+    if device.type == "cuda" or INTERPRETED:
+        return None
+    try:
+        accepted = triton.runtime.driver.active.get_active_torch_device().type
+    except Exception:  # Triton reports a missing driver in a different way in each version
+        accepted = None
+    if accepted == device.type or device.type == "meta":
+        return None
+    return f"this is a {device.type} tensor, which Triton takes only under TRITON_INTERPRET=1"
+
+
+def architecture(x):
+    """Compute capability as an integer (80, 90, ...) of the device that `x` is on, or the one Triton compiles for."""
+    if x.is_cuda:
+        return _capability(x.device)
+    if INTERPRETED or triton is None:
+        return 80
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return arch if isinstance(arch, int) else 80  # AMD: "gfx942"
+
+
+_capabilities = {}
+
+
+def _capability(device):
+    if device not in _capabilities:
+        major, minor = torch.cuda.get_device_capability(device)
+        _capabilities[device] = 10 * major + minor if torch.version.hip is None else 80
+    return _capabilities[device]
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+_observers = []
+
+
+@contextlib.contextmanager
+def observe(callback):
+    """Within the block `callback(kernel, grid, arguments, options)` is told of every launch; if it returns True the launch is
+    left out. This is how launches are counted and how the compiled code of a call is examined."""
+    _observers.append(callback)
+    try:
+        yield
+    finally:
+        _observers.remove(callback)
+
+
+def launch(kernel, grid, *arguments, **options):
+    """kernel[grid](*arguments, **options) on the device of the first tensor; an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    for callback in _observers:
+        if callback(kernel, grid, arguments, options):
+            return
+    device = arguments[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device, not on the tensor's
+            kernel[grid](*arguments, **options)
+    else:
+        kernel[grid](*arguments, **options)
+
+
+def cdiv(a, b):
+    return -(-a // b)
+
+
+def next_power_of_2(n):
+    return 1 << max(0, n - 1).bit_length()
+
+
+def row_strides(*tensors):
+    """The leading axes of tensors of one shape [..., N] as at most three row axes: (sizes, [strides of each tensor]).
+
+    Neighbouring axes are merged where every tensor allows it, so that a contiguous tensor has one row axis. None if more than
+    three remain. Sizes and strides are padded in front to three.
+    """
+    sizes, strides = [], []
+    for axis in range(tensors[0].dim() - 1):
+        size = tensors[0].shape[axis]
+        step = [t.stride(axis) for t in tensors]
+        if size == 1:
+            continue
+        if sizes and all(before == s * size for before, s in zip(strides[-1], step)):
+            sizes[-1] *= size
+            strides[-1] = step
+        else:
+            sizes.append(size)
+            strides.append(step)
+    if len(sizes) > 3:
+        return None
+    pad = 3 - len(sizes)
+    sizes, strides = [1] * pad + sizes, [[0] * len(tensors)] * pad + strides
+    return sizes, [list(axes) for axes in zip(*strides)]
+
+
+# --- torch.library ---------------------------------------------------------------------------------------------------
+
+
+def register(name, function, fake, *, mutates=(), backward=None, setup_context=None):
+    """A `torch.library` custom op trillama::name around `function`, which is annotated and works on every device.
+
+    fake: shapes and dtypes of the result. backward(ctx, *gradients) and setup_context(ctx, inputs, output) as in
+    `torch.library.register_autograd`.
+    """
+    op = torch.library.custom_op(f"trillama::{name}", function, mutates_args=mutates)
+    op.register_fake(fake)
+    if backward is not None:
+        op.register_autograd(backward, setup_context=setup_context)
+    return op
+
+
+def call(op, function, *arguments):
+    """`op(*arguments)` if autograd, torch.compile, a tensor subclass or a dispatch mode has to see it, else `function` directly:
+    the dispatcher costs several microseconds a call."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
+        return op(*arguments)
+    grad = torch.is_grad_enabled()
+    for a in arguments:
+        if isinstance(a, torch.Tensor) and ((grad and a.requires_grad) or type(a) not in _PLAIN):
+            return op(*arguments)
+    return function(*arguments)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+# --- argument checks -------------------------------------------------------------------------------------------------
+
+
+def check(condition, message):
+    """ValueError with `message` (a function of no arguments, so that the text costs nothing when all is well)."""
+    if not condition:
+        raise ValueError(message())
+
+
+def check_same(op, **tensors):
+    """All given tensors (None is skipped) share device and dtype with the first."""
+    first, *others = ((n, t) for n, t in tensors.items() if t is not None)
+    name, x = first
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} is {type(x).__name__}, expected a tensor")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{op}: {name} is {x.dtype}, expected a floating-point dtype")
+    for other, t in others:
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{op}: {other} is {type(t).__name__}, expected a tensor")
+        if t.dtype != x.dtype:
+            raise TypeError(f"{op}: {other} is {t.dtype}, expected {x.dtype} as {name}")
+        if t.device != x.device:
+            raise ValueError(f"{op}: {other} is on {t.device}, expected {x.device} as {name}")

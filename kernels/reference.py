@@ -1,0 +1,186 @@
+"""The specification: every op in plain PyTorch, with the names, signatures and roundings of the Triton kernels.
+
+It is also the path that CPU tensors take, so it leans on `scaled_dot_product_attention` where its semantics fit. Everything is
+differentiable by autograd except the decode calls. Shapes: B batch, S query length, T key length, Hq query heads, Hk key/value
+heads, D head size, N hidden size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .frequencies import rope_tables
+
+__all__ = [
+    "add_rms_norm", "apply_rope", "decode_attention", "decode_linear", "flash_attention", "flash_attention_varlen", "rms_norm",
+    "rope_append_", "rope_tables", "swiglu",
+]  # fmt: skip
+
+
+def wide(dtype):
+    """The dtype in which an op computes: float32, or float64 for float64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# --- rms_norm: Zhang & Sennrich 2019, arXiv:1910.07467 ---------------------------------------------------------------
+
+
+def rms_norm(x, weight, eps=1e-6, *, offset=0.0, casting="llama"):
+    x32 = x.to(wide(x.dtype))
+    y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    if casting == "llama":
+        y = y.to(x.dtype).to(y.dtype)
+    if weight is not None:
+        y = y * (offset + weight.to(y.dtype))
+    return y.to(x.dtype)
+
+
+def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, casting="llama"):
+    total = x + residual
+    return rms_norm(total, weight, eps, offset=offset, casting=casting), total
+
+
+# --- rotary embedding: Su et al. 2021, arXiv:2104.09864 --------------------------------------------------------------
+
+
+def rotate(x, cos, sin, positions, interleaved):
+    """x [B, H, S, D] rotated by the rows `positions` ([S], [B, S] or None) of the tables [P, R/2]; the last D - R pass through."""
+    if positions is None:
+        positions = torch.arange(x.shape[2], device=x.device)
+    c, s = (table[positions.long()].to(wide(x.dtype)).unsqueeze(-3) for table in (cos, sin))
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half].to(c.dtype), x[..., 2 * half :]
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.split(half, -1)
+    pairs = (a * c - b * s, b * c + a * s)
+    turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
+    return torch.cat((turned.to(x.dtype), rest), -1)
+
+
+def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
+    return rotate(q, cos, sin, positions, interleaved), rotate(k, cos, sin, positions, interleaved)
+
+
+def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=None, interleaved=False):
+    q, k = apply_rope(q, k, cos, sin, positions=positions, interleaved=interleaved)
+    slot = positions.long().expand(q.shape[0], q.shape[2])
+    page = torch.arange(q.shape[0], device=q.device)[:, None]
+    if block_table is not None:
+        page, slot = block_table.long().gather(1, slot // k_cache.shape[2]), slot % k_cache.shape[2]
+    k_cache[page, :, slot] = k.transpose(1, 2)
+    v_cache[page, :, slot] = v.transpose(1, 2)
+    return q
+
+
+# --- SwiGLU: Shazeer 2020, arXiv:2002.05202 --------------------------------------------------------------------------
+
+
+def swiglu(gate, up):
+    return (F.silu(gate.to(wide(gate.dtype))) * up.to(wide(up.dtype))).to(gate.dtype)
+
+
+# --- attention: Dao 2023, arXiv:2307.08691 ---------------------------------------------------------------------------
+
+
+def span(causal, window):
+    """(left, right): a query at position p sees the keys p - left .. p + right; None is no limit."""
+    return None if window is None else window - 1, 0 if causal else None
+
+
+def visible(positions, keys, left, right):
+    """Boolean [..., S, keys]: which keys a query at `positions` [..., S] sees."""
+    distance = torch.arange(keys, device=positions.device) - positions.unsqueeze(-1)
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if right is not None:
+        seen = seen & (distance <= right)
+    if left is not None:
+        seen = seen & (distance >= -left)
+    return seen
+
+
+def attend(q, k, v, mask, scale, softcap):
+    """Attention under a boolean mask [(B,) S, T], every intermediate in float32: (out, lse), 0 and -inf where nothing is seen."""
+    B, Hq, S, D = q.shape
+    Hk, T = k.shape[1:3]
+    q32, k32, v32 = (t.to(wide(q.dtype)) for t in (q, k, v))
+    scores = torch.matmul(q32.reshape(B, Hk, Hq // Hk, S, D) * scale, k32.unsqueeze(2).transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.view(-1, 1, 1, S, T), -math.inf)
+    lse = torch.logsumexp(scores, -1) if T else scores.new_full(scores.shape[:-1], -math.inf)
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0).unsqueeze(-1))
+    out = torch.matmul(weights, v32.unsqueeze(2))
+    return out.reshape(B, Hq, S, v.shape[-1]).to(q.dtype), lse.reshape(B, Hq, S)
+
+
+def attention(q, k, v, scale, left, right, softcap, need_lse):
+    """(out, lse or None) for a span as `span` gives it, aligned bottom-right: the last query meets the last key."""
+    S, T = q.shape[2], k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    positions = torch.arange(T - S, T, device=q.device)
+    limited = left is not None or (right is not None and right < T - 1)
+    if need_lse or softcap is not None or S > T or 0 in (*q.shape, *k.shape):
+        rows = max(1, 2**24 // max(1, q.shape[0] * q.shape[1] * T))  # at most 64 MiB of float32 scores at a time
+        parts = [
+            attend(part, k, v, visible(where, T, left, right) if limited else None, scale, softcap)
+            for part, where in zip(q.split(rows, 2), positions.split(rows))
+        ]
+        return torch.cat([o for o, _ in parts], 2), torch.cat([l for _, l in parts], 2)
+    causal = left is None and right == 0 and S == T
+    mask = visible(positions, T, left, right) if limited and not causal else None
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped), None
+
+
+def flash_attention(q, k, v, *, causal=True, scale=None, window=None, softcap=None, return_lse=False):
+    out, lse = attention(q, k, v, scale, *span(causal, window), softcap, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
+    causal=True, scale=None, window=None, softcap=None, return_lse=False,
+):  # fmt: skip
+    outs, lses = [], []
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for i in range(len(starts_q) - 1):
+        qi = q[starts_q[i] : starts_q[i + 1]]
+        ki, vi = (t[starts_k[i] : starts_k[i + 1]] for t in (k, v))
+        out, lse = attention(
+            *(t.transpose(0, 1).unsqueeze(0) for t in (qi, ki, vi)), scale, *span(causal, window), softcap, return_lse
+        )
+        outs.append(out.squeeze(0).transpose(0, 1))
+        lses.append(None if lse is None else lse.squeeze(0))
+    out = torch.cat(outs) if outs else torch.zeros_like(q)
+    return (out, torch.cat(lses, 1)) if return_lse else out
+
+
+def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, softcap=None, block_table=None, splits=None):
+    if block_table is not None:
+        k_cache, v_cache = (c[block_table.long()].transpose(1, 2).flatten(2, 3) for c in (k_cache, v_cache))
+    B, Hq, S, D = q.shape
+    Hk = k_cache.shape[1]
+    longest = min(int(lengths.max()) if B else 0, k_cache.shape[2])
+    k, v = k_cache[:, :, :longest], v_cache[:, :, :longest]
+    scale = D**-0.5 if scale is None else scale
+    positions = lengths.long()[:, None] + torch.arange(-S, 0, device=q.device)
+    mask = visible(positions, longest, *span(True, window))
+    if softcap is not None or not bool(mask.any(-1).all()) or 0 in (*q.shape, longest):
+        return attend(q, k, v, mask, scale, softcap)[0]
+    # The query heads of a group become rows of one product, so the cache is read once and never expanded.
+    packed = q.reshape(B, Hk, Hq // Hk * S, D)
+    mask = None if bool(mask.all()) else mask.repeat(1, Hq // Hk, 1).unsqueeze(1)
+    return F.scaled_dot_product_attention(packed, k, v, mask, scale=scale).reshape(B, Hq, S, D)
+
+
+# --- the matrix-vector product of the decode step --------------------------------------------------------------------
+
+
+def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=None, bias=None):
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    y = F.linear(x, weight, bias)
+    if activation == "swiglu":
+        y = swiglu(*y.chunk(2, -1))
+    return y if residual is None else y + residual
