@@ -3,5 +3,6 @@
 from . import reference
 from .dispatch import use_backend
 from .frequencies import rope_tables
+from .rmsnorm import add_rms_norm, rms_norm
 
-__all__ = ["reference", "rope_tables", "use_backend"]
+__all__ = ["add_rms_norm", "reference", "rms_norm", "rope_tables", "use_backend"]

@@ -173,8 +173,16 @@ def next_power_of_2(n):
     return 1 << max(0, n - 1).bit_length()
 
 
+@jit
+def row_offset(row, sizes, strides):
+    """Element offset of flat row number `row` (int64) of a tensor whose leading axes `row_strides` gave as sizes and strides."""
+    return (
+        row // (sizes[1] * sizes[2]) * strides[0] + row // sizes[2] % sizes[1] * strides[1] + row % sizes[2] * strides[2]
+    )
+
+
 def row_strides(*tensors):
-    """The leading axes of tensors of one shape [..., N] as at most three row axes: (sizes, [strides of each tensor]).
+    """The leading axes of tensors of one shape [..., N] as at most three row axes: (sizes, [strides of each tensor]), as tuples.
 
     Neighbouring axes are merged where every tensor allows it, so that a contiguous tensor has one row axis. None if more than
     three remain. Sizes and strides are padded in front to three.
@@ -195,7 +203,7 @@ def row_strides(*tensors):
         return None
     pad = 3 - len(sizes)
     sizes, strides = [1] * pad + sizes, [[0] * len(tensors)] * pad + strides
-    return sizes, [list(axes) for axes in zip(*strides)]
+    return tuple(sizes), list(zip(*strides))
 
 
 # --- torch.library ---------------------------------------------------------------------------------------------------
@@ -238,18 +246,15 @@ def check(condition, message):
         raise ValueError(message())
 
 
-def check_same(op, **tensors):
-    """All given tensors (None is skipped) share device and dtype with the first."""
-    first, *others = ((n, t) for n, t in tensors.items() if t is not None)
-    name, x = first
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{op}: {name} is {type(x).__name__}, expected a tensor")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"{op}: {name} is {x.dtype}, expected a floating-point dtype")
-    for other, t in others:
+def check_same(op, same_dtype=True, **tensors):
+    """All given tensors (None is skipped) are floating-point and share device and, unless told otherwise, dtype with the first."""
+    (name, x), *others = ((n, t) for n, t in tensors.items() if t is not None)
+    for n, t in ((name, x), *others):
         if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{op}: {other} is {type(t).__name__}, expected a tensor")
-        if t.dtype != x.dtype:
-            raise TypeError(f"{op}: {other} is {t.dtype}, expected {x.dtype} as {name}")
+            raise TypeError(f"{op}: {n} is {type(t).__name__}, expected a tensor")
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{op}: {n} is {t.dtype}, expected a floating-point dtype")
+        if same_dtype and t.dtype != x.dtype:
+            raise TypeError(f"{op}: {n} is {t.dtype}, expected {x.dtype} as {name}")
         if t.device != x.device:
-            raise ValueError(f"{op}: {other} is on {t.device}, expected {x.device} as {name}")
+            raise ValueError(f"{op}: {n} is on {t.device}, expected {x.device} as {name}")

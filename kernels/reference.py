@@ -36,6 +36,19 @@ def rms_norm(x, weight, eps=1e-6, *, offset=0.0, casting="llama"):
     return y.to(x.dtype)
 
 
+def rms_norm_backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight):
+    """(dx + dtotal, dweight) of rms_norm at x; dweight is empty unless it is needed."""
+    x32, g = x.to(wide(x.dtype)), dy.to(wide(x.dtype))
+    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    normal = x32 * rstd
+    seen = normal.to(x.dtype).to(g.dtype) if casting == "llama" else normal
+    dweight = (g * seen).flatten(0, -2).sum(0).to(weight.dtype) if need_dweight else x.new_empty(0)
+    if weight is not None:
+        g = g * (offset + weight.to(g.dtype))
+    dx = rstd * (g - normal * (g * normal).mean(-1, keepdim=True))
+    return (dx if dtotal is None else dx + dtotal).to(x.dtype).contiguous(), dweight
+
+
 def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, casting="llama"):
     total = x + residual
     return rms_norm(total, weight, eps, offset=offset, casting=casting), total
