@@ -4,6 +4,8 @@
 installed under its own name, the folder `kernels` would overwrite Hugging Face's package of that name.
 """
 
+from pathlib import Path
+
 from setuptools import setup
 
 TRANSFORMERS = "transformers>=4.57,<6"
@@ -16,7 +18,7 @@ setup(
     name="trillama",
     version="0.1.0",
     description="Triton kernels for Llama-style language models, each with a PyTorch reference, and a thin model on top",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

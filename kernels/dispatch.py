@@ -53,7 +53,7 @@ WIDEN = tl.constexpr(INTERPRETED)
 _chosen = None
 
 
-class use_backend:  # noqa: N801 - a function to its users
+class use_backend:
     """Choose the implementation: "auto" (Triton for GPU tensors, the reference for CPU tensors), "triton" or "reference".
 
     Takes effect at once and stays; used as `with use_backend(...):` it is undone at the end of the block.
@@ -225,7 +225,8 @@ def register(name, function, fake, *, mutates=(), backward=None, setup_context=N
 def call(op, function, *arguments):
     """`op(*arguments)` if autograd, torch.compile, a tensor subclass or a dispatch mode has to see it, else `function` directly:
     the dispatcher costs several microseconds a call."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
+    transformed = torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None
+    if torch.compiler.is_compiling() or transformed:
         return op(*arguments)
     grad = torch.is_grad_enabled()
     for a in arguments:

@@ -40,7 +40,7 @@ def _scale(normal, weight_ptr, col, inside, offset, stride, dtype: tl.constexpr,
 
 
 @jit
-def _forward_kernel(
+def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, eps, offset, rows, sizes, x_strides, residual_strides, weight_stride,
     N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LLAMA: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def _forward_kernel(
 
 
 @jit
-def _forward_wide_kernel(
+def _rms_norm_wide_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, eps, offset, rows, sizes, x_strides, residual_strides, weight_stride,
     N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LLAMA: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def _forward_wide_kernel(
 
 
 @jit
-def _backward_kernel(
+def _rms_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, dtotal_ptr, dx_ptr, partial_ptr, eps, offset, rows, rows_per_program, sizes, dy_strides, x_strides,
     dtotal_strides, weight_stride,
     N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LLAMA: tl.constexpr,
@@ -122,7 +122,7 @@ def _backward_kernel(
 
 
 @jit
-def _backward_wide_kernel(
+def _rms_norm_backward_wide_kernel(
     dy_ptr, x_ptr, weight_ptr, dtotal_ptr, dx_ptr, partial_ptr, eps, offset, rows, rows_per_program, sizes, dy_strides, x_strides,
     dtotal_strides, weight_stride,
     N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LLAMA: tl.constexpr,
@@ -182,7 +182,7 @@ def _forward(x, residual, weight, eps, offset, casting):
     rows, sizes, (x_strides, residual_strides, _, _) = _rows_of(x, residual, y, total)
     tile = tuning.rows(n, x.element_size())
     launch(
-        _forward_kernel if tile.block_n >= n else _forward_wide_kernel,
+        _rms_norm_kernel if tile.block_n >= n else _rms_norm_wide_kernel,
         (cdiv(rows, tile.block_rows),),
         x, residual, weight, y, total, eps, offset, rows, sizes, x_strides, residual_strides,
         None if weight is None else weight.stride(0),
@@ -200,7 +200,7 @@ def _backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight):
     programs = cdiv(rows, max(1, rows_per_program))
     partial = torch.empty((programs, n), dtype=torch.float32, device=x.device) if need_dweight else None
     launch(
-        _backward_kernel if tile.block_n >= n else _backward_wide_kernel,
+        _rms_norm_backward_kernel if tile.block_n >= n else _rms_norm_backward_wide_kernel,
         (programs,),
         dy, x, weight, dtotal, dx, partial, eps, offset, rows, rows_per_program, sizes, dy_strides, x_strides, dtotal_strides,
         None if weight is None else weight.stride(0),

@@ -1,0 +1,108 @@
+"""pytest for trillama: `pytest` runs the tests on any machine, `pytest --benchmark` the kernel benchmarks.
+
+Without a GPU the kernels run in Triton's interpreter (fp32 and fp16: it rounds bf16 wrongly). Where a Triton driver that takes
+host memory is active (TRILLAMA_BACKEND=triton and TRITON_INTERPRET unset) compiled code runs instead, in fp16 and bf16.
+
+What tests use:
+    device      fixture: "cuda" where there is a GPU, else "cpu"
+    triton      fixture: the Triton backend is in force and every launch is recorded; `triton.names` lists the kernels that ran
+    dtype       parametrised by whoever asks for it: the dtypes that can be trusted in this mode
+    poisoned    fixture: torch.empty and its relatives return NaN, so that an element nobody writes is seen
+Formulas in float64 and the comparison rules are in tests/oracle.py.
+"""
+
+import os
+
+import pytest
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("trillama")
+    group.addoption("--benchmark", action="store_true", help="run the kernel benchmarks in bench/ and print the speed-up table")
+    group.addoption("--benchmark-plots", metavar="DIR", help="with --benchmark: draw the results into DIR")
+
+
+@pytest.hookimpl(trylast=True)  # a plugin that brings a driver has by now asked for the Triton backend
+def pytest_configure(config):
+    import torch
+
+    if not torch.cuda.is_available() and os.environ.get("TRILLAMA_BACKEND") != "triton":
+        # Triton decides at import, for its own library too, so this must come before anything imports it.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if config.getoption("--benchmark") and not config.args_source.name == "ARGS":
+        config.args[:] = [str(config.rootpath / "bench" / "bench_kernels.py")]
+
+
+def modes():
+    """Which code a kernel test runs: "gpu", "interpreter" or "compiled" (a driver that executes compiled code on host memory)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "gpu"
+    return "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
+
+
+def pytest_generate_tests(metafunc):
+    if "dtype" in metafunc.fixturenames:
+        import torch
+
+        trusted = {
+            "gpu": (torch.float32, torch.float16, torch.bfloat16),
+            "interpreter": (torch.float32, torch.float16),
+            "compiled": (torch.float16, torch.bfloat16),
+        }[modes()]
+        metafunc.parametrize("dtype", trusted, ids=lambda d: {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(d)[6:]])
+
+
+def pytest_collection_modifyitems(config, items):
+    mode = modes()
+    host = pytest.mark.skip(reason="not about kernels: runs without a driver")
+    gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if mode == "compiled" and item.get_closest_marker("host"):
+            item.add_marker(host)
+        if mode != "gpu" and item.get_closest_marker("gpu"):
+            item.add_marker(gpu)
+    if not config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        if slow:
+            config.hook.pytest_deselected(items=slow)
+            items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.fixture
+def device():
+    return "cuda" if modes() == "gpu" else "cpu"
+
+
+@pytest.fixture
+def triton():
+    from trillama.kernels import use_backend
+    from trillama.kernels.dispatch import observe
+
+    class Launches:
+        names = []  # noqa: RUF012 - one object a test
+
+    launches = Launches()
+    launches.names = []
+
+    def note(kernel, grid, arguments, options):
+        launches.names.append(getattr(kernel, "fn", kernel).__name__)
+
+    with use_backend("triton"), observe(note):
+        yield launches
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    import torch
+
+    def poison(make):
+        def made(*args, **kwargs):
+            t = make(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))

@@ -1,0 +1,101 @@
+"""What the formulas say, in float64 and without a line of the project's code; and how a result is compared with them.
+
+The functions take and return float64 tensors and are differentiable, so that gradients have an oracle too.
+"""
+
+import math
+
+import torch
+
+
+def rms_norm(x, weight, eps=1e-6, offset=0.0):
+    y = x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    return y if weight is None else y * (offset + weight)
+
+
+def rope(x, cos, sin, positions, interleaved=False):
+    """x [B, H, S, D]; cos, sin [P, R/2]; positions [B, S]: the pair (a, b) becomes (a cos - b sin, a sin + b cos)."""
+    half = cos.shape[-1]
+    first = torch.arange(half) * (2 if interleaved else 1)
+    second = first + (1 if interleaved else half)
+    c, s = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    a, b = x[..., first], x[..., second]
+    y = x.clone()
+    y[..., first] = a * c - b * s
+    y[..., second] = a * s + b * c
+    return y
+
+
+def swiglu(gate, up):
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def attention(q, k, v, *, left=None, right=0, scale=None, softcap=None, lengths=None):
+    """(out, lse): one head, one query at a time is what this means, written with masks.
+
+    The query i of row b stands at position n_b - S + i, n_b = lengths[b] or T, and sees the keys j < n_b with
+    position - left <= j <= position + right (None: no limit).
+    """
+    B, Hq, S, D = q.shape
+    T = k.shape[2]
+    k, v = (t.repeat_interleave(Hq // t.shape[1], 1) for t in (k, v))
+    scores = torch.einsum("bhsd,bhtd->bhst", q, k) * (1 / math.sqrt(D) if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    n = torch.full((B,), T) if lengths is None else lengths.long().cpu()
+    position = n.view(B, 1, 1, 1) - S + torch.arange(S).view(1, 1, S, 1)
+    key = torch.arange(T).view(1, 1, 1, T)
+    seen = (key < n.view(B, 1, 1, 1)).expand(B, 1, S, T)
+    if right is not None:
+        seen = seen & (key <= position + right)
+    if left is not None:
+        seen = seen & (key >= position - left)
+    scores = torch.where(seen, scores, torch.tensor(-math.inf, dtype=scores.dtype))
+    some = seen.any(-1, keepdim=True)
+    shift = torch.where(some, scores.amax(-1, keepdim=True) if T else scores.sum(-1, keepdim=True), 0.0).detach()
+    weights = torch.where(seen, torch.exp(torch.where(seen, scores, shift) - shift), 0.0)
+    total = weights.sum(-1, keepdim=True)
+    out = torch.einsum("bhst,bhtd->bhsd", weights, torch.nan_to_num(v)) / torch.where(some, total, 1.0)
+    lse = torch.where(some, shift + torch.log(torch.where(some, total, 1.0)), -math.inf)
+    return out, lse.squeeze(-1)
+
+
+def error(actual, exact):
+    """Relative error in the 2-norm; infinite where `actual` has NaN or misses an infinity."""
+    actual, exact = actual.detach().double().cpu().flatten(), exact.detach().double().cpu().flatten()
+    finite = exact.isfinite()
+    if actual.shape != exact.shape or not torch.equal(actual[~finite], exact[~finite]) or not actual[finite].isfinite().all():
+        return math.inf
+    norm = exact[finite].norm()
+    return ((actual[finite] - exact[finite]).norm() / (norm if norm > 0 else 1)).item()
+
+
+def check(actual, exact, plain=None, fp32=1e-6):
+    """float32 results agree with `exact` to `fp32`; results of lower precision are at most twice as far from it as `plain`, which
+    is what PyTorch's own operations give in the same dtype. Half a unit in the last place is granted to both."""
+    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    got = error(actual, exact)
+    if actual.dtype == torch.float32:
+        assert got <= fp32, f"relative error {got:.2e}, allowed {fp32:.0e}"
+    else:
+        assert plain.dtype == actual.dtype
+        allowed = 2 * max(error(plain, exact), torch.finfo(actual.dtype).eps / 4)
+        assert got <= allowed, f"relative error {got:.2e}, allowed {allowed:.2e}: twice that of plain PyTorch"
+
+
+def exact(*tensors):
+    """Leaf copies in float64 that require gradients (None is passed on)."""
+    copies = [None if t is None else t.detach().double().cpu().requires_grad_(t.is_floating_point()) for t in tensors]
+    return copies[0] if len(copies) == 1 else copies
+
+
+def unchanged(*tensors):
+    """A function that asserts that the tensors still hold what they hold now, bit for bit and by version counter."""
+    before = [(t, t.detach().clone(), t._version) for t in tensors if t is not None]
+
+    def verify():
+        for t, copy, version in before:
+            assert t._version == version
+            assert torch.equal(t.detach().view(torch.uint8) if t.is_contiguous() else t, copy.view(torch.uint8) if t.is_contiguous() else copy)
+
+    return verify
