@@ -1,8 +1,11 @@
 """The kernels of a Llama-style language model in Triton, each with a PyTorch reference beside it."""
 
 from . import reference
+from .attention import flash_attention, flash_attention_varlen
 from .dispatch import use_backend
 from .frequencies import rope_tables
+from .glu import swiglu
 from .rmsnorm import add_rms_norm, rms_norm
+from .rope import apply_rope, rope_append_
 
-__all__ = ["add_rms_norm", "reference", "rms_norm", "rope_tables", "use_backend"]
+__all__ = ["add_rms_norm", "apply_rope", "flash_attention", "flash_attention_varlen", "reference", "rms_norm", "rope_append_", "rope_tables", "swiglu", "use_backend"]

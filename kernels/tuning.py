@@ -39,3 +39,90 @@ def programs(arch):
     """Programs among which a reduction over rows is divided: a few per multiprocessor. Fixed by the architecture alone, so that
     the same input gives the same bits."""
     return {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}.get(arch, 128) * 2
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A step of block_h heads of block_s tokens, block_half pairs and block_rest untouched elements of each."""
+
+    block_s: int
+    block_h: int
+    block_half: int
+    block_rest: int
+    warps: int
+
+
+def rope(half, rest, common, itemsize):
+    """half: pairs of a head; rest: elements that pass through; common: greatest common divisor of the numbers of heads.
+
+    A thread keeps one 128-bit piece of each half of a head. A step takes a power of two of heads that divides both numbers of
+    heads, so that no thread idles on a missing head; the rest of the program goes to further tokens.
+    """
+    block_half = next_power_of_2(half)
+    lanes = max(1, block_half * itemsize // 16)
+    block_h = min(common & -common, max(1, 32 // lanes))
+    warps = 4
+    return Rope(max(1, warps * 32 // (lanes * block_h)), block_h, block_half, next_power_of_2(rest) if rest else 0, warps)
+
+
+def elementwise(n, itemsize):
+    """Elementwise kernels over rows of n: a thread computes one 128-bit piece, a program of 4 warps walks no further."""
+    size = 4 * 32 * 16 // itemsize
+    exact = n & -n  # the largest power of two that divides n: no thread idles behind the end of the row
+    block_n = min(size, exact if exact >= size // 8 else next_power_of_2(n))
+    return Rows(size // block_n, block_n, 4)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """block_m packed query rows against block_n keys at a time; a row's keys are cut every `split` keys, or into max_splits
+    longer parts; block_e elements of the output are combined at a time."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_e: int
+    split: int
+    max_splits: int
+    warps: int
+    stages: int
+
+
+def decode(arch, head_dim, itemsize, rows):
+    """`rows`: the query heads of a group times the new tokens.
+
+    A step of 64 keys of 256 bytes fills two buffers of 32 KiB while a third is in use: one multiprocessor's share of the
+    bandwidth-latency product several times over. 512 keys a split keep the float32 partials of a group of eight at 3 % of the
+    cache's bytes; 64 splits of eight heads are several programs for every multiprocessor.
+    """
+    block_d = max(16, next_power_of_2(head_dim))
+    block_m = min(64, max(16, next_power_of_2(rows)))
+    block_n = max(16, min(64, 64 * 256 // (block_d * itemsize)))
+    warps = 8 if block_m * block_d > 64 * 128 or itemsize == 4 else 4
+    return Decode(block_m, block_n, block_d, min(512, next_power_of_2(rows * head_dim)), 512, 64, warps, 3)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A tile of block_m queries that walks the keys block_n at a time, `stages` tiles of keys and values in flight."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def attention(arch, head_dim, itemsize):
+    """The forward pass of attention."""
+    if itemsize == 4:
+        return Attention(64, 32, 4, 2) if head_dim <= 64 else Attention(32, 32, 4, 2)
+    if head_dim <= 64:
+        return Attention(128, 64, 4, 3)
+    if head_dim <= 128:
+        return Attention(128, 64, 8, 3 if arch in (80, 90, 100) else 2)
+    return Attention(64, 32, 4, 2)
+
+
+def l2_bytes(arch):
+    """The part of the L2 cache that keys and values may fill."""
+    return {80: 24, 86: 4, 89: 48, 90: 32, 100: 64, 120: 64}.get(arch, 4) * 2**20

@@ -1,0 +1,342 @@
+"""Attention for prefill and training: softmax(scale q k^T) v tile by tile, the scores never leave the chip.
+
+    s = scale q k^T,   optionally s = softcap tanh(s / softcap)          p = exp(s - lse),   out = p v
+
+Forward: online softmax in base 2 (Dao 2023, arXiv:2307.08691), the statistics in float32.
+
+A query at position p sees the keys p - left .. p + right; the last query meets the last key, so query i of S stands at
+position i + T - S. Packed sequences are the same kernel with one more offset: a batch of one, cut by `cu_seqlens`.
+"""
+
+from itertools import pairwise
+from typing import Optional
+
+import torch
+
+from . import reference, tuning
+from .dispatch import WIDEN, architecture, call, cdiv, check, check_same, jit, launch, next_power_of_2, register, tl, uses_triton
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@jit
+def _tanh(x):
+    """Cephes' tanhf: a polynomial near zero, where 1 - 2 / (exp(2x) + 1) would cancel."""
+    z = x * x
+    near = ((((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1) * z
+    return tl.where(tl.abs(x) < 0.625, near * x + x, 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2E)) + 1.0))
+
+
+@jit
+def _program(S, heads, section, BLOCK_M: tl.constexpr):
+    """(first row of the query tile, flat batch and query head) of this program.
+
+    Heads go in sections whose keys and values fit in the L2 cache together; within a section the last tiles, which under a causal
+    mask see the most keys, start first, and the heads of one group run side by side.
+    """
+    program = tl.program_id(0)
+    tiles = tl.cdiv(S, BLOCK_M)
+    first = program // (section * tiles) * section
+    width = tl.minimum(section, heads - first)
+    inside = program - first * tiles
+    return (tiles - 1 - inside // width) * BLOCK_M, first + inside % width
+
+
+@jit
+def _sequence(starts_ptr, batch, length):
+    """(offset, length) of sequence number `batch` of a packed tensor, (0, length) where nothing is packed."""
+    if starts_ptr is None:
+        return tl.cast(0, tl.int64), length
+    else:
+        start = tl.load(starts_ptr + batch).to(tl.int64)
+        return start, (tl.load(starts_ptr + batch + 1) - start).to(tl.int32)
+
+
+@jit
+def _load(ptr, start, rows, stride, stride_d, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr):
+    """Rows start .. start + ROWS of a [rows, D] matrix, zero beyond its edges; BOUNDED: the tile may cross the last row."""
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK_D)[None, :]
+    ptrs = ptr + start * tl.cast(stride, tl.int64) + row.to(tl.int64) * stride + col.to(tl.int64) * stride_d
+    if BOUNDED and BLOCK_D > D:
+        return tl.load(ptrs, (start + row < rows) & (col < D), other=0.0)
+    elif BOUNDED:
+        return tl.load(ptrs, start + row < rows, other=0.0)
+    elif BLOCK_D > D:
+        return tl.load(ptrs, col < D, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@jit
+def _seen(query, key, T, left, right):
+    """Which keys (a row of the tile) the queries at the positions `query` (a column) see."""
+    seen = key < T
+    if right is not None:
+        seen = seen & (key <= query + right)
+    if left is not None:
+        seen = seen & (key >= query - left)
+    return seen
+
+
+@jit
+def _forward_steps(
+    q, acc, total, top, k_ptr, v_ptr, start, stop, query, T, left, right, scale, softcap, k_strides, v_strides,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Walks the keys start .. stop: (acc, total, top) are the weighted values, the weights' sum and the largest score (base 2)."""
+    for n in range(start, stop, BLOCK_N):
+        k = _load(k_ptr, n, T, k_strides[2], k_strides[3], BLOCK_N, D, BLOCK_D, MASKED)
+        s = _dot(q, k.T, None, PRECISION)
+        if softcap is not None:
+            s = _tanh(s * scale) * softcap
+        elif MASKED:
+            s = s * scale
+        if MASKED:
+            s = tl.where(_seen(query[:, None], n + tl.arange(0, BLOCK_N)[None, :], T, left, right), s, float("-inf"))
+        if MASKED or softcap is not None:
+            higher = tl.maximum(top, tl.max(s, 1))
+            # A row that has seen nothing so far is at -inf, and -inf - -inf is NaN.
+            shift = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
+            p = tl.exp2(s - shift[:, None])
+        else:  # the scale is folded into one multiply-add a score
+            higher = tl.maximum(top, tl.max(s, 1) * scale)
+            shift = higher
+            p = tl.exp2(s * scale - shift[:, None])
+        alpha = tl.exp2(top - shift)
+        v = _load(v_ptr, n, T, v_strides[2], v_strides[3], BLOCK_N, D, BLOCK_D, MASKED)
+        acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
+        total = total * alpha + tl.sum(p, 1)
+        top = higher
+    return acc, total, top
+
+
+@jit(do_not_specialize=["S", "T", "left", "right", "heads", "section", "lse_stride"])
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr, scale, softcap, left, right, S, T, heads, section,
+    lse_stride, q_strides, k_strides, v_strides, out_strides,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_M queries of one head against all keys it sees. Reads the queries once and writes the output once; keys
+    and values come once a tile, mostly from L2. The accumulator and the statistics stay in registers."""
+    m, flat = _program(S, heads, section, BLOCK_M)
+    batch, head = (flat // HEADS).to(tl.int64), flat % HEADS
+    start_q, S = _sequence(starts_q_ptr, batch, S)
+    start_k, T = _sequence(starts_k_ptr, batch, T)
+    if m >= S:
+        return
+    kv_head = (head // GROUP).to(tl.int64)
+    head = head.to(tl.int64)
+    q_ptr += batch * q_strides[0] + head * q_strides[1] + start_q * q_strides[2]
+    k_ptr += batch * k_strides[0] + kv_head * k_strides[1] + start_k * k_strides[2]
+    v_ptr += batch * v_strides[0] + kv_head * v_strides[1] + start_k * v_strides[2]
+    out_ptr += batch * out_strides[0] + head * out_strides[1] + start_q * out_strides[2]
+
+    # Tiles low .. a cross the left edge of some row's span, a .. b are seen whole by every row, b .. high cross the right edge.
+    first, last = m + T - S, tl.minimum(m + BLOCK_M, S) - 1 + T - S
+    low, high, b = 0, T, T // BLOCK_N * BLOCK_N
+    if right is not None:
+        high = tl.maximum(tl.minimum(T, last + right + 1), 0)
+        b = tl.minimum(b, tl.maximum(first + right + 1, 0) // BLOCK_N * BLOCK_N)
+    a = low
+    if left is not None:
+        low = tl.maximum(first - left, 0) // BLOCK_N * BLOCK_N
+        a = tl.minimum(tl.cdiv(tl.maximum(last - left, 0), BLOCK_N), tl.cdiv(high, BLOCK_N)) * BLOCK_N
+    b = tl.maximum(a, b)
+
+    if softcap is None:
+        scale = tl.cast(scale, tl.float32) * LOG2E
+    else:
+        scale = tl.cast(scale, tl.float32) / tl.cast(softcap, tl.float32)
+        softcap = tl.cast(softcap, tl.float32) * LOG2E
+    query = first + tl.arange(0, BLOCK_M)
+    q = _load(q_ptr, m, S, q_strides[2], q_strides[3], BLOCK_M, D, BLOCK_D, True)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if left is not None:
+        acc, total, top = _forward_steps(
+            q, acc, total, top, k_ptr, v_ptr, low, a, query, T, left, right, scale, softcap, k_strides, v_strides,
+            D, BLOCK_D, BLOCK_N, PRECISION, True,
+        )  # fmt: skip
+    acc, total, top = _forward_steps(
+        q, acc, total, top, k_ptr, v_ptr, a, b, query, T, left, right, scale, softcap, k_strides, v_strides,
+        D, BLOCK_D, BLOCK_N, PRECISION, False,
+    )  # fmt: skip
+    acc, total, top = _forward_steps(
+        q, acc, total, top, k_ptr, v_ptr, b, high, query, T, left, right, scale, softcap, k_strides, v_strides,
+        D, BLOCK_D, BLOCK_N, PRECISION, True,
+    )  # fmt: skip
+
+    row = m + tl.arange(0, BLOCK_M)
+    col = tl.arange(0, BLOCK_D)
+    total = tl.where(total == 0.0, 1.0, total)  # a row that saw nothing: 0 / 1, and -inf + log2(1)
+    acc = acc / total[:, None]
+    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * out_strides[2] + col[None, :] * out_strides[3]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), (row < S)[:, None] & (col < D)[None, :])
+    if lse_ptr is not None:
+        lse_ptr += (flat.to(tl.int64) if starts_q_ptr is None else head) * lse_stride + start_q
+        tl.store(lse_ptr + row, (top + tl.log2(total)) * LN2, row < S)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------------
+
+
+def _precision(x):
+    """float32 means float32, unless the user has allowed TF32 in torch."""
+    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _strides(x, starts):
+    """Strides of [B, H, S, D]; packed sequences share one batch row."""
+    return x.stride() if starts is None else (0, *x.stride()[1:])
+
+
+def _section(q, k, heads, group):
+    """How many query heads run side by side: as many as keep their keys and values in the L2 cache."""
+    return max(1, min(heads, tuning.l2_bytes(architecture(q)) // max(1, 2 * k[0, 0].numel() * k.element_size()) * group))
+
+
+def _forward(q, k, v, starts_q, starts_k, longest_q, scale, softcap, left, right, need_lse):
+    """(out [B, Hq, S, D], in memory [B, S, Hq, D]; lse [B, Hq, S] or empty). Packed sequences: B is 1, `starts` cut S and T."""
+    out, lse = _outputs(q, need_lse)
+    if scale < 0:  # the kernel takes the largest score before it scales
+        q, scale = -q, -scale
+    B, Hq, S, D = q.shape
+    Hk, T = k.shape[1:3]
+    tile = tuning.attention(architecture(q), D, q.element_size())
+    heads = Hq * (B if starts_q is None else len(starts_q) - 1)
+    launch(
+        _forward_kernel,
+        (cdiv(longest_q, tile.block_m) * heads,),
+        q, k, v, out, lse if need_lse else None, starts_q, starts_k, scale, softcap, left, right,
+        longest_q, T, heads, _section(q, k, heads, Hq // Hk) if heads else 1, S,
+        *(_strides(t, starts_q) for t in (q, k, v, out)),
+        HEADS=Hq, GROUP=Hq // Hk, D=D, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=max(16, next_power_of_2(D)),
+        PRECISION=_precision(q), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out, lse
+
+
+# --- the op: custom op for the dispatcher, gradients, checks -----------------------------------------------------------
+
+
+def _outputs(q, need_lse):
+    """Uninitialised (out, lse). In memory out is [B, S, H, D], so that a caller's transpose and reshape to [B, S, H D] is free."""
+    B, H, S, D = q.shape
+    lse = q.new_empty((B, H, S) if need_lse else (0,), dtype=reference.wide(q.dtype))
+    return q.new_empty((B, S, H, D)).transpose(1, 2), lse
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts_q: Optional[torch.Tensor], starts_k: Optional[torch.Tensor],
+    longest_q: int, longest_k: int, scale: float, softcap: Optional[float], left: Optional[int], right: Optional[int],
+    need_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    if uses_triton(q):
+        return _forward(q, k, v, starts_q, starts_k, longest_q, scale, softcap, left, right, need_lse)
+    out, lse = _outputs(q, need_lse)
+    for rows, keys in _sequences(starts_q, starts_k):
+        o, l = reference.attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, left, right, softcap, need_lse)
+        out[:, :, rows] = o
+        if need_lse:
+            lse[:, :, rows] = l
+    return out, lse
+
+
+def _sequences(starts_q, starts_k):
+    """(rows, keys) of each sequence, as slices."""
+    if starts_q is None:
+        return [(slice(None), slice(None))]
+    cuts = [[slice(a, b) for a, b in pairwise(starts)] for starts in (starts_q.tolist(), starts_k.tolist())]
+    return list(zip(*cuts))
+
+
+_attention_op = register("flash_attention", _attention, lambda q, *rest: _outputs(q, rest[-1]))
+
+
+def _check(op, q, k, v, softcap, window, axes):
+    check_same(op, q=q, k=k, v=v)
+    dims = len(axes.split(","))
+    heads = axes.split(", ").index("H")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check(t.dim() == dims, lambda: f"{op}: {name} has shape {tuple(t.shape)}, expected [{axes}]")  # noqa: B023
+    Hq, Hk, D = q.shape[heads], k.shape[heads], q.shape[-1]
+    check(k.shape[-1] == D, lambda: f"{op}: k has head size {k.shape[-1]}, expected {D} as q")
+    check(v.shape == k.shape, lambda: f"{op}: v has shape {tuple(v.shape)}, expected {tuple(k.shape)} as k")
+    check(1 <= D <= 256, lambda: f"{op}: q has head size {D}, expected 1 to 256")
+    check(Hk > 0 and Hq % Hk == 0, lambda: f"{op}: q has {Hq} heads, expected a multiple of k's {Hk}")
+    check(softcap is None or softcap > 0, lambda: f"{op}: softcap is {softcap}, expected a positive number or None")
+    check(window is None or window > 0, lambda: f"{op}: window is {window}, expected a positive number or None")
+
+
+def _run(q, k, v, starts_q, starts_k, longest_q, longest_k, left, right, scale, softcap, return_lse):
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    need_lse = return_lse or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+    softcap = None if softcap is None else float(softcap)
+    return call(
+        _attention_op, _attention, q, k, v, starts_q, starts_k, longest_q, longest_k, scale, softcap, left, right, need_lse
+    )
+
+
+def flash_attention(q, k, v, *, causal=True, scale=None, window=None, softcap=None, return_lse=False):
+    """softmax(scale q k^T) v, the scores never written to memory.
+
+    q: [B, Hq, S, D]; k, v: [B, Hk, T, D], Hq a multiple of Hk (query head h reads key head h // (Hq / Hk)); float16, bfloat16 or
+    float32, any strides, D at most 256. scale: default 1 / sqrt(D). causal: aligned bottom-right, the last query sees the last
+    key. window=w: a query sees itself and the w - 1 keys before it. softcap=c: scores become c tanh(scores / c).
+
+    Returns out [B, Hq, S, D], in memory [B, S, Hq, D], and with return_lse also the logarithm (natural) of each row's sum of
+    exponentials, float32 [B, Hq, S]. A row that sees no key gives 0 and -inf. Differentiable in q, k and v.
+    Raises ValueError or TypeError for arguments that do not fit. Source: arXiv:2307.08691.
+    """
+    _check("flash_attention", q, k, v, softcap, window, "B, H, S, D")
+    check(
+        q.shape[0] == k.shape[0], lambda: f"flash_attention: k has shape {tuple(k.shape)}, expected batch size {q.shape[0]} as q"
+    )
+    out, lse = _run(q, k, v, None, None, q.shape[2], k.shape[2], *reference.span(causal, window), scale, softcap, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
+    causal=True, scale=None, window=None, softcap=None, return_lse=False,
+):  # fmt: skip
+    """`flash_attention` of sequences packed one behind the other, each for itself.
+
+    q: [tokens, Hq, D]; k, v: [tokens, Hk, D]. cu_seqlens_q, cu_seqlens_k: integers [B + 1] on the same device, sequence b is made
+    of the tokens cu_seqlens[b] .. cu_seqlens[b + 1]; max_seqlen_q, max_seqlen_k: at least the longest length. Returns out
+    [tokens, Hq, D] and with return_lse also lse [Hq, tokens]. Everything else as in `flash_attention`.
+    """
+    op = "flash_attention_varlen"
+    _check(op, q, k, v, softcap, window, "tokens, H, D")
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(starts, torch.Tensor) or starts.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: {name} is {getattr(starts, 'dtype', type(starts).__name__)}, expected an int32 or int64 tensor")
+        check(starts.device == q.device, lambda: f"{op}: {name} is on {starts.device}, expected {q.device} as q")  # noqa: B023
+        check(
+            starts.dim() == 1 and len(starts) >= 1 and starts.stride(0) == 1,
+            lambda: f"{op}: {name} has shape {tuple(starts.shape)}, expected [sequences + 1], contiguous",  # noqa: B023
+        )
+    check(
+        len(cu_seqlens_q) == len(cu_seqlens_k),
+        lambda: f"{op}: cu_seqlens_k has {len(cu_seqlens_k)} entries, expected {len(cu_seqlens_q)} as cu_seqlens_q",
+    )
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    out, lse = _run(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *reference.span(causal, window), scale, softcap, return_lse
+    )
+    out = out.squeeze(0).transpose(0, 1)
+    return (out, lse.squeeze(0)) if return_lse else out
