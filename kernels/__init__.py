@@ -8,4 +8,7 @@ from .glu import swiglu
 from .rmsnorm import add_rms_norm, rms_norm
 from .rope import apply_rope, rope_append_
 
-__all__ = ["add_rms_norm", "apply_rope", "flash_attention", "flash_attention_varlen", "reference", "rms_norm", "rope_append_", "rope_tables", "swiglu", "use_backend"]
+__all__ = [
+    "add_rms_norm", "apply_rope", "flash_attention", "flash_attention_varlen", "reference", "rms_norm",
+    "rope_append_", "rope_tables", "swiglu", "use_backend",
+]  # fmt: skip

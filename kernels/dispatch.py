@@ -174,24 +174,27 @@ def next_power_of_2(n):
 
 
 @jit
-def row_offset(row, sizes, strides):
-    """Element offset of flat row number `row` (int64) of a tensor whose leading axes `row_strides` gave as sizes and strides."""
-    return (
-        row // (sizes[1] * sizes[2]) * strides[0] + row // sizes[2] % sizes[1] * strides[1] + row % sizes[2] * strides[2]
-    )
+def row_offset(row, middle, inner, strides):
+    """Element offset of flat row number `row` (int64) of a tensor whose leading axes `row_strides` gave."""
+    if inner is None:
+        return row * strides[0]
+    if middle is None:
+        return row // inner * strides[0] + row % inner * strides[1]
+    return row // inner // middle * strides[0] + row // inner % middle * strides[1] + row % inner * strides[2]
 
 
 def row_strides(*tensors):
-    """The leading axes of tensors of one shape [..., N] as at most three row axes: (sizes, [strides of each tensor]), as tuples.
+    """The leading axes of tensors of one shape [..., N] as at most three row axes: (middle, inner, [strides of each tensor]).
 
-    Neighbouring axes are merged where every tensor allows it, so that a contiguous tensor has one row axis. None if more than
-    three remain. Sizes and strides are padded in front to three.
+    Neighbouring axes are merged where every tensor allows it, so that a contiguous tensor has one row axis and needs no division.
+    middle and inner are the sizes of the second last and the last of three axes; the last of two is inner, and what is missing
+    is None. Kernels take both without specialisation: they change from step to step.
     """
     sizes, strides = [], []
     for axis in range(tensors[0].dim() - 1):
         size = tensors[0].shape[axis]
         step = [t.stride(axis) for t in tensors]
-        if size == 1:
+        if size == 1 and axis < tensors[0].dim() - 2:
             continue
         if sizes and all(before == s * size for before, s in zip(strides[-1], step)):
             sizes[-1] *= size
@@ -200,10 +203,11 @@ def row_strides(*tensors):
             sizes.append(size)
             strides.append(step)
     if len(sizes) > 3:
-        return None
-    pad = 3 - len(sizes)
-    sizes, strides = [1] * pad + sizes, [[0] * len(tensors)] * pad + strides
-    return tuple(sizes), list(zip(*strides))
+        shape, strides = tuple(tensors[0].shape), ", ".join(str(t.stride()) for t in tensors)
+        raise ValueError(f"shape {shape} with strides {strides}: more than three leading axes that cannot be merged")
+    middle, inner = ([None, None] + sizes[1:])[-2:]
+    strides += [[0] * len(tensors)] * (3 - len(strides))
+    return middle, inner, list(zip(*strides))
 
 
 # --- torch.library ---------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def rotate(x, cos, sin, positions, interleaved):
     """x [B, H, S, D] rotated by the rows `positions` ([S], [B, S] or None) of the tables [P, R/2]; the last D - R pass through."""
     if positions is None:
         positions = torch.arange(x.shape[2], device=x.device)
-    c, s = (table[positions.long()].to(wide(x.dtype)).unsqueeze(-3) for table in (cos, sin))
+    c, s = (F.embedding(positions, table).to(wide(x.dtype)).unsqueeze(-3) for table in (cos, sin))  # refuses negative positions
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half].to(c.dtype), x[..., 2 * half :]
     a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.split(half, -1)
@@ -92,6 +92,14 @@ def swiglu(gate, up):
     return (F.silu(gate.to(wide(gate.dtype))) * up.to(wide(up.dtype))).to(gate.dtype)
 
 
+def swiglu_backward(dy, gate, up):
+    """(dgate, dup)"""
+    dy32, gate32, up32 = (t.to(wide(t.dtype)) for t in (dy, gate, up))
+    s = torch.sigmoid(gate32)
+    dgate, dup = dy32 * up32 * s * (1 + gate32 * (1 - s)), dy32 * gate32 * s
+    return dgate.to(gate.dtype).contiguous(), dup.to(up.dtype).contiguous()
+
+
 # --- attention: Dao 2023, arXiv:2307.08691 ---------------------------------------------------------------------------
 
 
@@ -120,7 +128,7 @@ def attend(q, k, v, mask, scale, softcap):
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask.view(-1, 1, 1, S, T), -math.inf)
+        scores = scores.masked_fill(~(mask if mask.dim() == 2 else mask[:, None, None]), -math.inf)
     lse = torch.logsumexp(scores, -1) if T else scores.new_full(scores.shape[:-1], -math.inf)
     weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0).unsqueeze(-1))
     out = torch.matmul(weights, v32.unsqueeze(2))

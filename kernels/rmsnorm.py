@@ -39,9 +39,10 @@ def _scale(normal, weight_ptr, col, inside, offset, stride, dtype: tl.constexpr,
     return normal.to(dtype)
 
 
-@jit
+@jit(do_not_specialize=["rows", "middle", "inner"])
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, eps, offset, rows, sizes, x_strides, residual_strides, weight_stride,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, eps, offset, rows, middle, inner, x_strides, residual_strides,
+    weight_stride,
     N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LLAMA: tl.constexpr,
 ):  # fmt: skip
     """Reads x (and residual) and writes y (and total = x + residual, rounded as the tensor is)."""
@@ -49,9 +50,9 @@ def _rms_norm_kernel(
     col = tl.arange(0, BLOCK_N)[None, :]
     mask = (row < rows) & (col < N)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    x = _load(x_ptr + row_offset(row, sizes, x_strides) + col * x_strides[3], mask)
+    x = _load(x_ptr + row_offset(row, middle, inner, x_strides) + col * x_strides[3], mask)
     if residual_ptr is not None:
-        x += _load(residual_ptr + row_offset(row, sizes, residual_strides) + col * residual_strides[3], mask)
+        x += _load(residual_ptr + row_offset(row, middle, inner, residual_strides) + col * residual_strides[3], mask)
         total = x.to(dtype)
         tl.store(total_ptr + row * N + col, total, mask)
         x = total.to(tl.float32)
@@ -59,16 +60,17 @@ def _rms_norm_kernel(
     tl.store(y_ptr + row * N + col, _scale(x * rstd, weight_ptr, col, col < N, offset, weight_stride, dtype, LLAMA), mask)
 
 
-@jit
+@jit(do_not_specialize=["rows", "middle", "inner"])
 def _rms_norm_wide_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, eps, offset, rows, sizes, x_strides, residual_strides, weight_stride,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, eps, offset, rows, middle, inner, x_strides, residual_strides,
+    weight_stride,
     N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LLAMA: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    x_ptr += row_offset(row, sizes, x_strides)
+    x_ptr += row_offset(row, middle, inner, x_strides)
     if residual_ptr is not None:
-        residual_ptr += row_offset(row, sizes, residual_strides)
+        residual_ptr += row_offset(row, middle, inner, residual_strides)
     square = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
@@ -87,10 +89,10 @@ def _rms_norm_wide_kernel(
         tl.store(y_ptr + row * N + col, _scale(x * rstd, weight_ptr, col, col < N, offset, weight_stride, dtype, LLAMA), col < N)
 
 
-@jit
+@jit(do_not_specialize=["rows", "rows_per_program", "middle", "inner"])
 def _rms_norm_backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, dtotal_ptr, dx_ptr, partial_ptr, eps, offset, rows, rows_per_program, sizes, dy_strides, x_strides,
-    dtotal_strides, weight_stride,
+    dy_ptr, x_ptr, weight_ptr, dtotal_ptr, dx_ptr, partial_ptr, eps, offset, rows, rows_per_program, middle, inner,
+    dy_strides, x_strides, dtotal_strides, weight_stride,
     N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LLAMA: tl.constexpr,
 ):  # fmt: skip
     """Reads dy, x (and dtotal) and writes dx; each program adds up its rows' share of dweight into one float32 row of
@@ -104,14 +106,14 @@ def _rms_norm_backward_kernel(
     for start in range(0, rows_per_program, BLOCK_ROWS):
         row = program * rows_per_program + start + tl.arange(0, BLOCK_ROWS)[:, None]
         mask = (row < rows) & (col < N)
-        x = _load(x_ptr + row_offset(row, sizes, x_strides) + col * x_strides[3], mask)
-        dy = _load(dy_ptr + row_offset(row, sizes, dy_strides) + col * dy_strides[3], mask)
+        x = _load(x_ptr + row_offset(row, middle, inner, x_strides) + col * x_strides[3], mask)
+        dy = _load(dy_ptr + row_offset(row, middle, inner, dy_strides) + col * dy_strides[3], mask)
         rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / N + tl.cast(eps, tl.float32))
         normal = x * rstd
         g = dy * scale
         dx = rstd * (g - normal * (tl.sum(g * normal, 1, keep_dims=True) / N))
         if dtotal_ptr is not None:
-            dx += _load(dtotal_ptr + row_offset(row, sizes, dtotal_strides) + col * dtotal_strides[3], mask)
+            dx += _load(dtotal_ptr + row_offset(row, middle, inner, dtotal_strides) + col * dtotal_strides[3], mask)
         tl.store(dx_ptr + row * N + col, dx.to(dx_ptr.dtype.element_ty), mask)
         if partial_ptr is not None:
             if LLAMA:
@@ -121,18 +123,18 @@ def _rms_norm_backward_kernel(
         tl.store(partial_ptr + program * N + col, tl.sum(dweight, 0, keep_dims=True), col < N)
 
 
-@jit
+@jit(do_not_specialize=["rows", "rows_per_program", "middle", "inner"])
 def _rms_norm_backward_wide_kernel(
-    dy_ptr, x_ptr, weight_ptr, dtotal_ptr, dx_ptr, partial_ptr, eps, offset, rows, rows_per_program, sizes, dy_strides, x_strides,
-    dtotal_strides, weight_stride,
+    dy_ptr, x_ptr, weight_ptr, dtotal_ptr, dx_ptr, partial_ptr, eps, offset, rows, rows_per_program, middle, inner,
+    dy_strides, x_strides, dtotal_strides, weight_stride,
     N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LLAMA: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     for row in range(program * rows_per_program, tl.minimum(rows, (program + 1) * rows_per_program)):
-        x_row = x_ptr + row_offset(row, sizes, x_strides)
-        dy_row = dy_ptr + row_offset(row, sizes, dy_strides)
+        x_row = x_ptr + row_offset(row, middle, inner, x_strides)
+        dy_row = dy_ptr + row_offset(row, middle, inner, dy_strides)
         square = tl.zeros((BLOCK_N,), tl.float32)
-        inner = tl.zeros((BLOCK_N,), tl.float32)
+        dot = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(0, N, BLOCK_N):
             col = start + tl.arange(0, BLOCK_N)
             x = _load(x_row + col * x_strides[3], col < N)
@@ -140,9 +142,9 @@ def _rms_norm_backward_wide_kernel(
             if weight_ptr is not None:
                 g *= tl.cast(offset, tl.float32) + _load(weight_ptr + col * weight_stride, col < N)
             square += x * x
-            inner += g * x
+            dot += g * x
         rstd = tl.rsqrt(tl.sum(square, 0) / N + tl.cast(eps, tl.float32))
-        mean = tl.sum(inner, 0) * rstd / N
+        mean = tl.sum(dot, 0) * rstd / N
         for start in range(0, N, BLOCK_N):
             col = start + tl.arange(0, BLOCK_N)
             normal = _load(x_row + col * x_strides[3], col < N) * rstd
@@ -152,7 +154,7 @@ def _rms_norm_backward_wide_kernel(
                 g *= tl.cast(offset, tl.float32) + _load(weight_ptr + col * weight_stride, col < N)
             dx = rstd * (g - normal * mean)
             if dtotal_ptr is not None:
-                dx += _load(dtotal_ptr + row_offset(row, sizes, dtotal_strides) + col * dtotal_strides[3], col < N)
+                dx += _load(dtotal_ptr + row_offset(row, middle, inner, dtotal_strides) + col * dtotal_strides[3], col < N)
             tl.store(dx_ptr + row * N + col, dx.to(dx_ptr.dtype.element_ty), col < N)
             if partial_ptr is not None:
                 if LLAMA:
@@ -167,11 +169,11 @@ def _rms_norm_backward_wide_kernel(
 
 
 def _rows_of(*tensors):
-    """(rows, sizes, strides of each tensor, the column's included) for tensors of one shape [..., N]; None is passed on."""
+    """(rows, middle, inner, strides of each tensor, the column's too) for tensors of one shape [..., N]; None is passed on."""
     present = [t for t in tensors if t is not None]
-    sizes, strides = row_strides(*present)
+    middle, inner, strides = row_strides(*present)
     by_tensor = iter([(*s, t.stride(-1)) for s, t in zip(strides, present)])
-    return present[0].shape[:-1].numel(), sizes, [None if t is None else next(by_tensor) for t in tensors]
+    return present[0].shape[:-1].numel(), middle, inner, [None if t is None else next(by_tensor) for t in tensors]
 
 
 def _forward(x, residual, weight, eps, offset, casting):
@@ -179,12 +181,12 @@ def _forward(x, residual, weight, eps, offset, casting):
     n = x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
-    rows, sizes, (x_strides, residual_strides, _, _) = _rows_of(x, residual, y, total)
+    rows, middle, inner, (x_strides, residual_strides, _, _) = _rows_of(x, residual, y, total)
     tile = tuning.rows(n, x.element_size())
     launch(
         _rms_norm_kernel if tile.block_n >= n else _rms_norm_wide_kernel,
         (cdiv(rows, tile.block_rows),),
-        x, residual, weight, y, total, eps, offset, rows, sizes, x_strides, residual_strides,
+        x, residual, weight, y, total, eps, offset, rows, middle, inner, x_strides, residual_strides,
         None if weight is None else weight.stride(0),
         N=n, BLOCK_ROWS=tile.block_rows, BLOCK_N=tile.block_n, LLAMA=casting == "llama", num_warps=tile.warps,
     )  # fmt: skip
@@ -194,7 +196,7 @@ def _forward(x, residual, weight, eps, offset, casting):
 def _backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight):
     n = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, sizes, (dy_strides, x_strides, dtotal_strides, _) = _rows_of(dy, x, dtotal, dx)
+    rows, middle, inner, (dy_strides, x_strides, dtotal_strides, _) = _rows_of(dy, x, dtotal, dx)
     tile = tuning.rows(n, x.element_size(), tensors=3)
     rows_per_program = cdiv(cdiv(rows, tuning.programs(architecture(x))), tile.block_rows) * tile.block_rows
     programs = cdiv(rows, max(1, rows_per_program))
@@ -202,8 +204,8 @@ def _backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight):
     launch(
         _rms_norm_backward_kernel if tile.block_n >= n else _rms_norm_backward_wide_kernel,
         (programs,),
-        dy, x, weight, dtotal, dx, partial, eps, offset, rows, rows_per_program, sizes, dy_strides, x_strides, dtotal_strides,
-        None if weight is None else weight.stride(0),
+        dy, x, weight, dtotal, dx, partial, eps, offset, rows, rows_per_program, middle, inner,
+        dy_strides, x_strides, dtotal_strides, None if weight is None else weight.stride(0),
         N=n, BLOCK_ROWS=tile.block_rows, BLOCK_N=tile.block_n, LLAMA=casting == "llama", num_warps=tile.warps,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype) if need_dweight else x.new_empty(0)

@@ -1,0 +1,300 @@
+"""Rotary position embedding, alone and fused with the write into the key/value cache.
+
+    (a, b) -> (a cos - b sin, b cos + a sin)          Su et al. 2021, arXiv:2104.09864
+
+for the pairs (x[i], x[i + R/2]) of Hugging Face's checkpoints or, interleaved, (x[2i], x[2i + 1]) of Meta's. A rotation is
+undone by the opposite angle, so the backward is the forward with the sine's sign flipped, and nothing but the tables is saved.
+"""
+
+import math
+from typing import Optional
+
+import torch
+
+from . import reference, tuning
+from .dispatch import architecture, call, cdiv, check, check_same, jit, launch, register, tl, uses_triton
+
+# --- kernel ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _heads(x_row, x_strides, out_row, out_strides, read, write, first, last, cos, sin,
+           D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, ROTATE: tl.constexpr,
+           BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr):  # fmt: skip
+    """Rotates (or, without ROTATE, copies) heads first..last of some tokens, BLOCK_H at a time; x_row and out_row are the
+    addresses of the tokens' head 0, strides those of the axes head and element."""
+    dtype: tl.constexpr = out_row.dtype.element_ty
+    for start in range(first, last, BLOCK_H):
+        head = (start + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
+        x_ptr = x_row + head * x_strides[1]
+        out_ptr = out_row + head * out_strides[1]
+        if INTERLEAVED:
+            col = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+            inside = col < 2 * HALF
+            x = tl.load(x_ptr + col * x_strides[3], read & inside)
+            if ROTATE:
+                pairs = tl.reshape(x, (x.shape[0], BLOCK_H, BLOCK_HALF, 2)).to(tl.float32)
+                a, b = tl.split(pairs)
+                x = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), x.shape)
+            tl.store(out_ptr + col * out_strides[3], x.to(dtype), write & inside)
+        else:
+            col = tl.arange(0, BLOCK_HALF)[None, None, :]
+            inside = col < HALF
+            a = tl.load(x_ptr + col * x_strides[3], read & inside)
+            b = tl.load(x_ptr + (col + HALF) * x_strides[3], read & inside)
+            if ROTATE:
+                a32, b32 = a.to(tl.float32), b.to(tl.float32)
+                a, b = a32 * cos - b32 * sin, b32 * cos + a32 * sin
+            tl.store(out_ptr + col * out_strides[3], a.to(dtype), write & inside)
+            tl.store(out_ptr + (col + HALF) * out_strides[3], b.to(dtype), write & inside)
+        if BLOCK_REST > 0:
+            rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, None, :]
+            x = tl.load(x_ptr + rest * x_strides[3], read & (rest < D))
+            tl.store(out_ptr + rest * out_strides[3], x, write & (rest < D))
+
+
+@jit(do_not_specialize=[
+    "positions_ptr", "position_stride_batch", "position_stride_token", "block_table_ptr", "block_table_stride", "tokens",
+    "tokens_per_row", "table_rows", "capacity", "pages", "heads_per_program",
+])  # fmt: skip
+def _rope_kernel(
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, v_out_ptr, cos_ptr, sin_ptr, positions_ptr, block_table_ptr,
+    q_strides, k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides, cos_strides, sin_strides,
+    position_stride_batch, position_stride_token, block_table_stride,
+    tokens, tokens_per_row, table_rows, capacity, pages, heads_per_program,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """One program turns some heads of BLOCK_S tokens; the heads are numbered q, then k, then v.
+
+    cos and sin are read once a token and stay in registers. With v_ptr, k and v go into caches [B, Hk, T, D], or [pages, Hk,
+    page, D] through the block table, at the token's position. What lies outside the table turns to NaN, what lies outside the
+    cache is not written. The loads have no `other`: a lane that reads nothing writes nothing.
+    """
+    token = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None, None]
+    read = token < tokens
+    batch, s = (token // tokens_per_row).to(tl.int64), (token % tokens_per_row).to(tl.int64)
+    position = s
+    if positions_ptr is not None:
+        where = batch * position_stride_batch + s * position_stride_token
+        position = tl.load(positions_ptr + where, read, other=-1).to(tl.int64)
+
+    pair = tl.arange(0, BLOCK_HALF)[None, None, :]
+    known = read & (position >= 0) & (position < table_rows) & (pair < HALF)
+    cos = tl.load(cos_ptr + position * cos_strides[0] + pair * cos_strides[1], known, other=float("nan"))
+    sin = tl.load(sin_ptr + position * sin_strides[0] + pair * sin_strides[1], known, other=0.0)
+    if INVERSE:
+        sin = -sin
+
+    row, slot, write = batch, s, read
+    if v_ptr is not None:
+        slot, write = position, read & (position >= 0) & (position < capacity)
+        if block_table_ptr is not None:
+            row = tl.load(block_table_ptr + batch * block_table_stride + position // PAGE, write, other=-1).to(tl.int64)
+            slot = position % PAGE
+            write &= (row >= 0) & (row < pages)
+
+    first = tl.program_id(1) * heads_per_program
+    last = first + heads_per_program
+    _heads(
+        q_ptr + batch * q_strides[0] + s * q_strides[2], q_strides,
+        q_out_ptr + batch * q_out_strides[0] + s * q_out_strides[2], q_out_strides,
+        read, read, first, tl.minimum(last, HQ), cos, sin,
+        D, HALF, INTERLEAVED, True, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+    )  # fmt: skip
+    _heads(
+        k_ptr + batch * k_strides[0] + s * k_strides[2], k_strides,
+        k_out_ptr + row * k_out_strides[0] + slot * k_out_strides[2], k_out_strides,
+        read, write, tl.maximum(first - HQ, 0), tl.minimum(last - HQ, HK), cos, sin,
+        D, HALF, INTERLEAVED, True, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+    )  # fmt: skip
+    if v_ptr is not None:
+        _heads(
+            v_ptr + batch * v_strides[0] + s * v_strides[2], v_strides,
+            v_out_ptr + row * v_out_strides[0] + slot * v_out_strides[2], v_out_strides,
+            read, write, tl.maximum(first - HQ - HK, 0), tl.minimum(last - HQ - HK, HK), cos, sin,
+            D, HALF, INTERLEAVED, False, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+
+
+# --- launcher --------------------------------------------------------------------------------------------------------
+
+
+def _rotate(q, k, cos, sin, positions, interleaved, inverse, v=None, caches=(None, None), block_table=None):
+    """(rotated q, rotated k); with v, k and v go into the caches instead and the second result is k's cache."""
+    B, HQ, S, D = q.shape
+    HK, half = k.shape[1], cos.shape[1]
+    q_out = _empty(q)
+    k_out, v_out = (_empty(k), None) if v is None else caches
+    heads = HQ + HK * (1 if v is None else 2)
+    tile = tuning.rope(half, D - 2 * half, math.gcd(HQ, HK), q.element_size())
+    blocks = cdiv(B * S, tile.block_s)
+    # Few tokens: the heads are spread over programs, as many as fill the GPU. Nothing is recompiled for it.
+    groups = min(cdiv(heads, tile.block_h), cdiv(tuning.programs(architecture(q)), max(1, blocks)))
+    heads_per_program = cdiv(cdiv(heads, groups), tile.block_h) * tile.block_h
+    page = None if block_table is None else k_out.shape[2]
+    launch(
+        _rope_kernel,
+        (blocks, cdiv(heads, heads_per_program)),
+        q, k, v, q_out, k_out, v_out, cos, sin, positions, block_table,
+        q.stride(), k.stride(), None if v is None else v.stride(),
+        q_out.stride(), k_out.stride(), None if v is None else v_out.stride(), cos.stride(), sin.stride(),
+        0 if positions is None or positions.dim() == 1 else positions.stride(0),
+        0 if positions is None else positions.stride(-1),
+        0 if block_table is None else block_table.stride(0),
+        B * S, S, cos.shape[0],
+        k_out.shape[2] if block_table is None else page * block_table.shape[1], k_out.shape[0], heads_per_program,
+        HQ=HQ, HK=HK, D=D, HALF=half, PAGE=page, INTERLEAVED=interleaved, INVERSE=inverse,
+        BLOCK_S=tile.block_s, BLOCK_H=tile.block_h, BLOCK_HALF=tile.block_half, BLOCK_REST=tile.block_rest,
+        num_warps=tile.warps,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def _empty(x):
+    """An uninitialised tensor like x [B, H, S, D], dense, with the axes H and S in memory in the order they have in x."""
+    B, H, S, D = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((B, S, H, D)).transpose(1, 2)
+    return x.new_empty((B, H, S, D))
+
+
+def _placed(x, like):
+    """x in the memory layout that `_empty(like)` has."""
+    out = _empty(like)
+    return x if x.stride() == out.stride() else out.copy_(x)
+
+
+# --- the ops: custom ops for the dispatcher, gradients, checks -----------------------------------------------------------
+
+
+def _apply_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: Optional[torch.Tensor],
+    interleaved: bool, inverse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """apply_rope, or with `inverse` the rotation by the opposite angles."""
+    if uses_triton(q):
+        return _rotate(q, k, cos, sin, positions, interleaved, inverse)
+    rotated = reference.apply_rope(q, k, cos, -sin if inverse else sin, positions=positions, interleaved=interleaved)
+    return _placed(rotated[0], q), _placed(rotated[1], k)
+
+
+def _rope_append_(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache: torch.Tensor,
+    v_cache: torch.Tensor, positions: torch.Tensor, block_table: Optional[torch.Tensor], interleaved: bool,
+) -> torch.Tensor:  # fmt: skip
+    if uses_triton(q):
+        return _rotate(q, k, cos, sin, positions, interleaved, False, v, (k_cache, v_cache), block_table)[0]
+    rotated = reference.rope_append_(
+        q, k, v, cos, sin, k_cache, v_cache, positions, block_table=block_table, interleaved=interleaved
+    )
+    return _placed(rotated, q)
+
+
+def _save(ctx, inputs, output):
+    *_, cos, sin, positions, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _gradients(ctx, dq, dk):
+    cos, sin, positions = ctx.saved_tensors
+    return *_apply_rope_op(dq, dk, cos, sin, positions, ctx.interleaved, not ctx.inverse), None, None, None, None, None
+
+
+_apply_rope_op = register(
+    "apply_rope", _apply_rope, lambda q, k, *_: (_empty(q), _empty(k)), backward=_gradients, setup_context=_save
+)
+_rope_append_op = register("rope_append_", _rope_append_, lambda q, *_: _empty(q), mutates=("k_cache", "v_cache"))
+
+
+def _check(op, q, k, cos, sin, positions):
+    check_same(op, q=q, k=k)
+    check(q.dim() == 4, lambda: f"{op}: q has shape {tuple(q.shape)}, expected [batch, heads, tokens, head size]")
+    B, _, S, D = q.shape
+    check(
+        k.dim() == 4 and k.shape[0] == B and k.shape[2:] == q.shape[2:],
+        lambda: f"{op}: k has shape {tuple(k.shape)}, expected ({B}, key heads, {S}, {D}) to fit q",
+    )
+    check(D % 2 == 0 and 2 <= D <= 256, lambda: f"{op}: q has head size {D}, expected an even number from 2 to 256")
+    _check_table(op, q, "cos", cos)
+    _check_table(op, q, "sin", sin)
+    check(sin.shape == cos.shape, lambda: f"{op}: sin has shape {tuple(sin.shape)}, expected {tuple(cos.shape)} as cos")
+    if positions is None:
+        check(cos.shape[0] >= S, lambda: f"{op}: q has {S} tokens, but cos ends after {cos.shape[0]} positions")
+    else:
+        _check_integers(op, q, "positions", positions)
+        check(
+            positions.shape in ((S,), (B, S)),
+            lambda: f"{op}: positions has shape {tuple(positions.shape)}, expected ({S},) or ({B}, {S})",
+        )
+
+
+def _check_table(op, q, name, table):
+    check_same(op, same_dtype=False, **{"q": q, name: table})
+    check(
+        table.dtype == torch.float32 or table.dtype == q.dtype == torch.float64,
+        lambda: f"{op}: {name} is {table.dtype}, expected torch.float32: tables of lower precision break long contexts",
+    )
+    check(
+        table.dim() == 2 and 0 < table.shape[1] <= q.shape[3] // 2,
+        lambda: f"{op}: {name} has shape {tuple(table.shape)}, expected [positions, R / 2] with R at most {q.shape[3]}",
+    )
+    check(not table.requires_grad, lambda: f"{op}: {name} requires a gradient, but the tables are constants")
+
+
+def _check_integers(op, q, name, x):
+    kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+    check(kind in (torch.int32, torch.int64), lambda: f"{op}: {name} is {kind}, expected an int32 or int64 tensor")
+    check(x.device == q.device, lambda: f"{op}: {name} is on {x.device}, expected {q.device} as q")
+
+
+def _check_cache(op, k, name, cache, paged):
+    B, HK, _, D = k.shape
+    rows = "pages" if paged else B
+    check(
+        cache.dim() == 4 and cache.shape[1] == HK and cache.shape[3] == D and (paged or cache.shape[0] == B),
+        lambda: f"{op}: {name} has shape {tuple(cache.shape)}, expected ({rows}, {HK}, tokens, {D})",
+    )
+
+
+def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
+    """q and k rotated by the angles of their tokens' positions, in one launch.
+
+    q: [B, Hq, S, D], k: [B, Hk, S, D], float16, bfloat16 or float32, any strides, D even and at most 256. cos, sin: float32
+    [P, R/2], R <= D; the last D - R elements pass through. positions: int32 or int64 [S] or [B, S], rows of the tables, default
+    0..S-1. interleaved: pairs (0, 1), (2, 3).. as in Meta's checkpoints instead of (0, R/2), (1, R/2 + 1).. as in Hugging Face's.
+
+    Computed in float32 and rounded once. Returns new tensors, dense; where the heads of a token lie next to each other in memory
+    ([B, S, H, D] transposed) they do so in the result. Differentiable in q and k. A position outside the tables gives NaN from the
+    kernel, which cannot raise without a wait for the GPU, and an IndexError from the reference. Source: arXiv:2104.09864.
+    """
+    _check("apply_rope", q, k, cos, sin, positions)
+    return call(_apply_rope_op, _apply_rope, q, k, cos, sin, positions, interleaved, False)
+
+
+def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=None, interleaved=False):
+    """Rotates q and k, writes k and v into the caches at `positions`, and returns the rotated q: one launch.
+
+    q, k, cos, sin, interleaved: as in `apply_rope`. v: [B, Hk, S, D]. k_cache, v_cache: [B, Hk, T, D], or pages [pages, Hk, page,
+    D] with block_table [B, n] (int32 or int64; position p of row b lies in page block_table[b, p // page]). positions: int32 or
+    int64 [S] or [B, S]. Two tokens must not share a place. The kernel writes nothing for a position outside the cache; the
+    reference raises an IndexError. Not differentiable.
+    """
+    op = "rope_append_"
+    _check(op, q, k, cos, sin, positions)
+    check(positions is not None, lambda: f"{op}: positions is None, expected an int32 or int64 tensor")
+    check_same(op, q=q, v=v, k_cache=k_cache, v_cache=v_cache)
+    check(v.shape == k.shape, lambda: f"{op}: v has shape {tuple(v.shape)}, expected {tuple(k.shape)} as k")
+    _check_cache(op, k, "k_cache", k_cache, block_table is not None)
+    check(
+        v_cache.shape == k_cache.shape,
+        lambda: f"{op}: v_cache has shape {tuple(v_cache.shape)}, expected {tuple(k_cache.shape)} as k_cache",
+    )
+    if block_table is not None:
+        _check_integers(op, q, "block_table", block_table)
+        check(
+            block_table.dim() == 2 and block_table.shape[0] == q.shape[0],
+            lambda: f"{op}: block_table has shape {tuple(block_table.shape)}, expected ({q.shape[0]}, pages)",
+        )
+    return call(_rope_append_op, _rope_append_, q, k, v, cos, sin, k_cache, v_cache, positions, block_table, interleaved)
