@@ -41,7 +41,7 @@ def locate(source):
     if isinstance(source, str) and source in NAMES:
         return resolve(source)
     path = Path(source).expanduser()
-    if path.exists():
+    if str(source) and path.exists():
         return path
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return _fetched(source)
