@@ -177,10 +177,12 @@ def next_power_of_2(n):
 def row_offset(row, middle, inner, strides):
     """Element offset of flat row number `row` (int64) of a tensor whose leading axes `row_strides` gave."""
     if inner is None:
-        return row * strides[0]
-    if middle is None:
-        return row // inner * strides[0] + row % inner * strides[1]
-    return row // inner // middle * strides[0] + row // inner % middle * strides[1] + row % inner * strides[2]
+        offset = row * strides[0]
+    elif middle is None:
+        offset = row // inner * strides[0] + row % inner * strides[1]
+    else:
+        offset = row // inner // middle * strides[0] + row // inner % middle * strides[1] + row % inner * strides[2]
+    return offset
 
 
 def row_strides(*tensors):
