@@ -1,0 +1,343 @@
+"""End-to-end throughput: `trillama bench`, or `python -m trillama.bench.decode`.
+
+First a card (what a token costs at least: the bytes of weights and cache that have to be read), then prefill and decode apart, each
+beside its bound. Two numbers are never mixed here: the time to the first token is not part of tokens/s, and no bound is a timing.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+
+import torch
+
+from ..kernels.dispatch import backend, why_not_triton
+from ..model import Llama, generate
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# --- what has to be moved --------------------------------------------------------------------------------------------
+
+
+def weight_bytes(model):
+    """Bytes of parameters that one decode step reads: all but the input embedding, of which it reads a row (a tied embedding is
+    read once, as the head)."""
+    table = model.get_input_embeddings().weight
+    tied = model.lm_head.weight.data_ptr() == table.data_ptr()
+    unique = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    return sum(unique.values()) - (0 if tied else table.numel() * table.element_size())
+
+
+def cache_bytes(model, dtype):
+    """Bytes of keys and values that one position of one sequence takes."""
+    c = model.config
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
+
+
+def streaming_bandwidth(device, size=1 << 28):
+    """Bytes a second at which this machine reads memory in one long pass: the best of several, with all threads."""
+    x = torch.ones(size // 4, device=device)
+    return max(x.numel() * 4 / seconds(lambda: x.sum(), device) for _ in range(8))
+
+
+def seconds(function, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+# --- the two engines -------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time stamps of generated tokens: the host's clock on a CPU, events on a GPU, so that the device is never waited for."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+        self.stamps = []
+        self.tick()
+
+    def tick(self, *_):
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.stamps.append(event)
+        else:
+            self.stamps.append(time.perf_counter())
+
+    def intervals(self):
+        """Seconds between ticks: the first is the prefill with the first token, each other one a decode step."""
+        if not self.cuda:
+            return [b - a for a, b in zip(self.stamps, self.stamps[1:])]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in zip(self.stamps, self.stamps[1:])]
+
+
+def ours(model, ids, new):
+    clock = Clock(ids.device)
+    generate(model, ids, max_new_tokens=new, eos=[], stream=clock.tick)
+    return clock.intervals()
+
+
+def transformers_twin(source, dtype, device):
+    """transformers' model of the same checkpoint, with the same weights, and a function that times it like `ours`."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("--against hf needs transformers: pip install 'trillama[transformers]'") from None
+    from ..model.checkpoint import open_checkpoint
+
+    transformers.logging.set_verbosity_error()
+    with open_checkpoint(source) as checkpoint:
+        config = transformers.AutoConfig.for_model(**checkpoint.config)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        weights = {name: checkpoint.load(name).to(device=device, dtype=dtype, copy=True) for name in checkpoint.names()}
+        model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    # Buffers (the rotary frequencies) are computed, not stored: a fresh module on the right device has them.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    missing = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if missing:
+        raise ValueError(f"--against hf: the checkpoint has no {missing[0]}")
+    model.eval()
+
+    def run(ids, new):
+        clock = Clock(ids.device)
+
+        class Streamer:
+            started = False
+
+            def put(self, _):
+                if self.started:  # the first call hands over the prompt
+                    clock.tick()
+                self.started = True
+
+            def end(self):
+                pass
+
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+        if ids.shape[0] == 1:
+            model.generate(ids, max_new_tokens=new, streamer=Streamer(), **options)
+        else:  # transformers streams one sequence only: step by step, with its cache
+            step_by_step(model, ids, new, clock)
+        return clock.intervals()
+
+    return run
+
+
+@torch.inference_mode()
+def step_by_step(model, ids, new, clock):
+    cache, step = None, ids
+    for _ in range(new):
+        result = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, step = result.past_key_values, result.logits[:, -1].argmax(-1, keepdim=True)
+        clock.tick()
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def summary(intervals, batch, prompt):
+    steps = sorted(intervals[1:])
+    median = statistics.median(steps)
+    return {
+        "prefill_s": intervals[0],
+        "prefill_tokens_per_s": batch * prompt / intervals[0],
+        "decode_ms_median": median * 1e3,
+        "decode_ms_p95": steps[min(len(steps) - 1, int(0.95 * len(steps)))] * 1e3,
+        "decode_tokens_per_s": batch / median,
+    }
+
+
+def measure(model, rival, batch, prompt, new, rounds, bandwidth, dtype):
+    """One row of the table: the best prefill and the median decode step over `rounds` runs, alternating with the rival."""
+    device = next(model.parameters()).device
+    ids = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    ours(model, ids, 4)
+    if rival:
+        rival(ids, 4)
+    runs, rivals = [], []
+    for _ in range(rounds):
+        runs.append(summary(ours(model, ids, new), batch, prompt))
+        if rival:
+            rivals.append(summary(rival(ids, new), batch, prompt))
+    row = {"batch": batch, "prompt": prompt, "new": new, **typical(runs)}
+    context = prompt + new / 2
+    read = weight_bytes(model) + batch * context * cache_bytes(model, dtype)
+    row["bytes_per_step"] = int(read)
+    row["bound_tokens_per_s"] = batch * bandwidth / read
+    row["fraction_of_bound"] = row["decode_tokens_per_s"] / row["bound_tokens_per_s"]
+    row["peak_memory_bytes"] = peak_memory(device)
+    if rival:
+        row["hf"] = typical(rivals)
+        row["decode_against_hf"] = statistics.median(
+            a["decode_tokens_per_s"] / b["decode_tokens_per_s"] for a, b in zip(runs, rivals)
+        )
+        row["prefill_against_hf"] = statistics.median(b["prefill_s"] / a["prefill_s"] for a, b in zip(runs, rivals))
+    return row
+
+
+def typical(runs):
+    return {key: statistics.median(r[key] for r in runs) for key in runs[0]}
+
+
+def peak_memory(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- presenting ------------------------------------------------------------------------------------------------------
+
+
+def card(model, source, dtype, device, bandwidth):
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    triton = backend() == "triton" or (backend() == "auto" and cuda and why_not_triton(device) is None)
+    weights, cache = weight_bytes(model), cache_bytes(model, dtype)
+    parameters = sum(p.numel() for p in {p.data_ptr(): p for p in model.parameters()}.values())
+    return {
+        "model": str(source),
+        "parameters": parameters,
+        "dtype": str(dtype)[6:],
+        "device": name,
+        "path": "Triton" if triton else "reference",
+        "torch": torch.__version__,
+        "weight_bytes_per_step": weights,
+        "cache_bytes_per_position": cache,
+        "streaming_bandwidth": bandwidth,
+        "bound_tokens_per_s": bandwidth / weights,
+    }
+
+
+def show_card(c):
+    lines = (
+        ("model", f"{c['model']}, {c['parameters'] / 1e6:.1f} M parameters, {c['dtype']}"),
+        ("machine", f"{c['device']}; {c['path']} path; torch {c['torch']}"),
+        ("weights read per step", f"{c['weight_bytes_per_step'] / 1e6:.1f} MB"),
+        ("cache per position", f"{c['cache_bytes_per_position'] / 1e3:.1f} kB"),
+        ("streaming bandwidth", f"{c['streaming_bandwidth'] / 1e9:.1f} GB/s (measured: one long read)"),
+        ("bound at batch 1", f"{c['bound_tokens_per_s']:.1f} tokens/s (bandwidth / weights; not a timing)"),
+    )
+    for label, text in lines:
+        print(f"{label:22s}  {text}")
+    print()
+
+
+def show_header(against):
+    columns = "batch prompt  new |   prefill  tokens/s |  ms/step      p95  tokens/s    bound  of it"
+    print(columns + (" |  hf tok/s  decode prefill" if against else ""))
+
+
+def show_row(r):
+    text = (
+        f"{r['batch']:5d} {r['prompt']:6d} {r['new']:4d} | {r['prefill_s'] * 1e3:7.1f}ms {r['prefill_tokens_per_s']:9.1f} | "
+        f"{r['decode_ms_median']:8.2f} {r['decode_ms_p95']:8.2f} {r['decode_tokens_per_s']:9.1f} "
+        f"{r['bound_tokens_per_s']:8.1f} {r['fraction_of_bound']:6.0%}"
+    )
+    if "hf" in r:
+        text += f" | {r['hf']['decode_tokens_per_s']:9.1f} {r['decode_against_hf']:6.2f}x {r['prefill_against_hf']:6.2f}x"
+    print(text, flush=True)
+
+
+def plot(rows, path, against):
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install 'trillama[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    names = [f"batch {r['batch']}\nprompt {r['prompt']}" for r in rows]
+    series = [("trillama", [r["decode_tokens_per_s"] for r in rows])]
+    if against:
+        series.append(("transformers", [r["hf"]["decode_tokens_per_s"] for r in rows]))
+    width = 0.8 / len(series)
+    for i, (label, values) in enumerate(series):
+        axes.bar([x + i * width for x in range(len(rows))], values, width, label=label)
+    centre = width * (len(series) - 1) / 2
+    for x, r in enumerate(rows):
+        label = "bandwidth bound" if x == 0 else None
+        axes.plot([x - 0.4 + centre, x + 0.4 + centre], [r["bound_tokens_per_s"]] * 2, "k--", label=label)
+    axes.set_xticks([x + centre for x in range(len(rows))], names)
+    axes.set_ylabel("decode, tokens/s")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def integers(text):
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected positive integers separated by commas")
+    return values
+
+
+def parser():
+    p = argparse.ArgumentParser(prog="trillama bench", description="Prefill and decode throughput beside their bounds.")
+    p.add_argument("--model", default="smollm2", metavar="SOURCE", help="folder, GGUF file, hub id or preset (default: smollm2)")
+    p.add_argument("--batch", type=integers, default=[1], metavar="1,8", help="batch sizes")
+    p.add_argument("--prompt", type=integers, default=[64], metavar="64,512", help="prompt lengths in tokens")
+    p.add_argument("--new", type=int, default=128, help="tokens to generate in each run")
+    p.add_argument("--rounds", type=int, default=3, help="runs of each row")
+    p.add_argument("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, the checkpoint's on a GPU")
+    p.add_argument("--device", default=None, help="cuda, cuda:1, cpu (default: the GPU if there is one)")
+    p.add_argument("--threads", type=int, help="CPU threads")
+    p.add_argument("--against", choices=["hf"], help="alternate with transformers on the same weights")
+    p.add_argument("--json", metavar="FILE", help="write card and rows here")
+    p.add_argument("--plot", metavar="FILE", help="draw the rows here")
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    if args.new < 2 or args.rounds < 1:
+        raise ValueError(f"--new is {args.new} and --rounds {args.rounds}, expected at least 2 and 1")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = Llama.from_pretrained(args.model, device=device, dtype=DTYPES.get(args.dtype))
+    dtype = model.lm_head.weight.dtype
+    longest = max(args.prompt) + args.new
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(f"--prompt and --new add up to {longest}, expected at most {model.config.max_position_embeddings}")
+    bandwidth = streaming_bandwidth(device)
+    facts = card(model, args.model, dtype, device, bandwidth)
+    show_card(facts)
+    rival = transformers_twin(args.model, dtype, device) if args.against else None
+    show_header(args.against)
+    rows = []
+    for batch in args.batch:
+        for prompt in args.prompt:
+            rows.append(measure(model, rival, batch, prompt, args.new, args.rounds, bandwidth, dtype))
+            show_row(rows[-1])
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as f:
+            json.dump({"card": facts, "rows": rows}, f, indent=2)
+    if args.plot:
+        plot(rows, args.plot, args.against)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"trillama: error: {error}", file=sys.stderr)
+        sys.exit(2)
