@@ -20,17 +20,24 @@ def rope_tables(config_or_theta, head_dim, max_positions, *, scaling=None, devic
     are the tables of a sequence of max_positions tokens, so longrope takes its long factors if that exceeds
     original_max_position_embeddings. Raises a ValueError that names the field for anything unknown or out of range.
     """
-    rope = rope_parameters(config_or_theta, scaling)
     for name, value in (("head_dim", head_dim), ("max_positions", max_positions)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"rope_tables: {name} is {value!r}, expected a positive integer")
-    size = int(head_dim * _number(rope, "partial_rotary_factor", 1.0))
-    if size % 2 or not 0 < size <= head_dim:
-        raise ValueError(f"rope_tables: {size} of {head_dim} values a head are rotated, expected an even number from 2 on")
-    frequencies, attention_factor = KINDS[rope["rope_type"]](rope, size, max_positions)
+    frequencies, attention_factor = rope_frequencies(rope_parameters(config_or_theta, scaling), head_dim, max_positions)
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float64, device="cpu"), frequencies)
     device = torch.get_default_device() if device is None else device
     return tuple((table * attention_factor).float().to(device) for table in (angles.cos(), angles.sin()))
+
+
+def rope_frequencies(rope, head_dim, length):
+    """(frequencies, attention factor) for a sequence of `length` tokens: radians a position, [R/2] in float64, and a number.
+
+    rope: what `rope_parameters` returns.
+    """
+    size = int(head_dim * _number(rope, "partial_rotary_factor", 1.0))
+    if size % 2 or not 0 < size <= head_dim:
+        raise ValueError(f"partial_rotary_factor gives {size} of {head_dim} values a head, expected an even number from 2 on")
+    return KINDS[rope["rope_type"]](rope, size, length)
 
 
 def rope_parameters(config_or_theta, scaling=None):

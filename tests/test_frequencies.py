@@ -198,8 +198,8 @@ def test_context_length():
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 0.5}}, "high_freq_factor is 0.5"),
         ({"rope_scaling": {**PHI, "factor": 2.0, "short_factor": [1.0]}}, "short_factor is [1.0], expected a list of 16"),
         ({"rope_scaling": {**PHI, "factor": 2.0, "short_factor": [0.0] * 16}}, "short_factor is"),
-        ({"partial_rotary_factor": 1.5}, "48 of 32 values a head"),
-        ({"partial_rotary_factor": 0.1}, "3 of 32 values a head"),
+        ({"partial_rotary_factor": 1.5}, "gives 48 of 32 values a head"),
+        ({"partial_rotary_factor": 0.1}, "gives 3 of 32 values a head"),
     ],
 )
 def test_errors(config, message):

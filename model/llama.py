@@ -1,0 +1,328 @@
+"""A Llama: blocks of attention and SwiGLU around a residual stream, on the kernels of this project.
+
+Top-down: model, cache, block, attention, mlp, norm. The names of the parameters are Hugging Face's, with q, k, v and gate, up
+packed into one matrix each, as Phi-3 has them. What distinguishes the families is data in `Config`, not code. Shapes: B batch,
+S tokens in this call, T tokens a cache can hold, Hq query heads, Hk key/value heads, D head size, N hidden size.
+"""
+
+import contextlib
+
+import torch
+from torch import nn
+
+from ..kernels import (
+    add_rms_norm,
+    apply_rope,
+    decode_attention,
+    flash_attention,
+    rms_norm,
+    rope_append_,
+    rope_tables,
+    swiglu,
+)
+from ..kernels.frequencies import same_frequencies
+from .config import Config
+
+
+class Llama(nn.Module):
+    """The model and its head. config: a `Config`, a config.json's dict or an object with its fields; the weights are random."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config = Config.read(config)
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
+            "norm": Norm(config.hidden_size, config.rms_norm_eps),
+        })  # fmt: skip
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rope = Rope(config)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        self.tie()
+        self.register_load_state_dict_pre_hook(_pack)
+
+    @classmethod
+    def from_pretrained(cls, source, *, device=None, dtype=None):
+        """The model behind `source`: a Hugging Face or Meta folder, a .gguf file, a hub id or "smollm2"; in eval mode.
+
+        device: a GPU where there is one, else the CPU. dtype: a floating-point torch.dtype; float32 on the CPU and the
+        checkpoint's own elsewhere. Raises a ValueError that names file and tensor or field for anything that does not fit.
+        """
+        from .checkpoint import open_checkpoint
+
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is {dtype}, expected a floating-point torch.dtype")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {device}, but torch finds no GPU")
+        with contextlib.closing(open_checkpoint(source)) as checkpoint:
+            try:
+                with torch.device("meta"):
+                    model = cls(checkpoint.config)
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from None
+            if dtype is None:
+                dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype("model.embed_tokens.weight")
+            _load(model, checkpoint, device, dtype)
+        return model.eval()
+
+    def tie(self):
+        """Lets the head share the embedding's weight where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids, cache=None, positions=None):
+        """Logits [B, S, vocab_size] in float32 of the tokens input_ids [B, S]. cache, positions: as in `hidden_states`."""
+        return self.head(self.hidden_states(input_ids, cache, positions))
+
+    def head(self, hidden):
+        """Logits [..., vocab_size] in float32 of hidden states [..., N]."""
+        return self.lm_head(hidden).float()
+
+    def hidden_states(self, input_ids, cache=None, positions=None):
+        """What the head sees of the tokens input_ids [B, S]: [B, S, N], after the last norm.
+
+        cache: a `KVCache` with the tokens before these, to which these are added; nothing is differentiable then. positions:
+        [S] or [B, S], without a cache: the rotary positions in place of 0..S-1; attention is causal in the order of the tokens.
+        """
+        _check_ids(input_ids)
+        B, S = input_ids.shape
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            if cache is not None:
+                if positions is not None:
+                    raise ValueError("positions is given beside a cache, expected None: the cache knows them")
+                positions = cache.advance(B, S)
+                length, rows = cache.filled, cache.max_length
+            else:
+                length = S if positions is None else _longest(positions)
+                rows = 1 << max(8, (length - 1).bit_length())
+            if length > self.config.context_length:
+                raise ValueError(f"input_ids reaches {length} tokens, expected at most {self.config.context_length} positions")
+            rope = self.rope(length, rows, input_ids.device)
+            x, residual = self.model.embed_tokens(input_ids), None
+            for block in self.model.layers:
+                x, residual = block(x, residual, rope, positions, cache)
+            return self.model.norm(x, residual)[0]
+
+
+class KVCache:
+    """The keys and values of the tokens so far: k[i], v[i] [B, Hk, T, D] of each layer, allocated once.
+
+    lengths: int32 [B] on the device, the tokens of each row. filled: an upper bound of them that the host knows without reading
+    the device. A row may be shortened by writing to `lengths`: what stands behind its end is overwritten by what comes next.
+    """
+
+    def __init__(self, config, batch, max_length, dtype=torch.float32, device="cpu"):
+        config = Config.read(config)
+        for name, value in (("batch", batch), ("max_length", max_length)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"KVCache: {name} is {value!r}, expected a positive integer")
+        shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        # Zeros: a masked key gets weight 0, and 0 times what uninitialised memory may hold is not 0.
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.batch, self.max_length, self.filled = batch, max_length, 0
+
+    def advance(self, batch, tokens):
+        """Makes room for so many tokens in every row; returns their positions [B, S], on the device."""
+        if batch != self.batch:
+            raise ValueError(f"input_ids has {batch} rows, expected {self.batch} as the cache")
+        if self.filled + tokens > self.max_length:
+            raise ValueError(f"input_ids has {tokens} tokens after {self.filled}, but the cache ends at {self.max_length}")
+        self.filled += tokens
+        self.lengths += tokens
+        if tokens == 1:
+            return (self.lengths - 1)[:, None]
+        return self.lengths[:, None] + torch.arange(-tokens, 0, dtype=torch.int32, device=self.lengths.device)
+
+    def reset(self):
+        """Forgets all tokens."""
+        self.filled = 0
+        self.lengths.zero_()
+
+
+class Rope:
+    """The rotary tables of a model in float32, whatever the dtype of its weights, made when a sequence first needs them."""
+
+    def __init__(self, config):
+        self.config, self.made = config, {}
+
+    def __call__(self, length, rows, device):
+        """{True: (cos, sin), False: (1, 0)} for a sequence of `length` tokens; tables of up to `rows` positions.
+
+        Layers without rotary embedding take the second pair, so that they write their cache with the same kernel.
+        """
+        first, last = same_frequencies(self.config, length)
+        rows = min(max(rows, length), last, self.config.context_length)
+        tables = self.made.get((first, device))
+        if tables is None or tables[True][0].shape[0] < rows:
+            with torch.inference_mode(False):  # tables made while generating must do for a training step too
+                cos, sin = rope_tables(self.config, self.config.head_dim, rows, device=device)
+                tables = {True: (cos, sin)}
+                if not all(self.config.rotary):
+                    tables[False] = (torch.ones_like(cos), torch.zeros_like(sin))
+            while len(self.made) > 2:  # dynamic scaling has tables for each length
+                self.made.pop(next(iter(self.made)))
+            self.made[first, device] = tables
+        return tables
+
+
+class Block(nn.Module):
+    """Attention and MLP. The sum with the residual is left to the next norm, which makes it in the same pass over memory."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, residual, rope, positions, cache):
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, rope, positions, cache)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; q, k and v are views of one projection."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.window, self.rotary, self.interleaved = config.windows[layer], config.rotary[layer], config.rope_interleaved
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.output_bias)
+        self.q_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x, rope, positions, cache):
+        B, S, _ = x.shape
+        q, k, v = self.qkv_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2).split(self.heads, 1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q)[0], self.k_norm(k)[0]
+        cos, sin = rope[self.rotary]
+        if cache is None:
+            q, k = apply_rope(q, k, cos, sin, positions=positions, interleaved=self.interleaved)
+            out = flash_attention(q, k, v, window=self.window)
+        else:
+            keys, values = cache.k[self.layer], cache.v[self.layer]
+            q = rope_append_(q, k, v, cos, sin, keys, values, positions, interleaved=self.interleaved)
+            if cache.filled == S:  # these are the first tokens
+                out = flash_attention(q, keys[:, :, :S], values[:, :, :S], window=self.window)
+            else:
+                out = decode_attention(q, keys, values, cache.lengths, window=self.window)
+        return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU between two projections; gate and up are the halves of one."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(swiglu(gate, up))
+
+
+class Norm(nn.Module):
+    """RMSNorm of x + residual; returns it and the sum, which is the next residual."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x, residual=None):
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps), x
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+def _check_ids(input_ids):
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids is {getattr(input_ids, 'dtype', type(input_ids).__name__)}, expected an int64 tensor")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected [batch, tokens] with at least one of each")
+
+
+def _longest(positions):
+    if not isinstance(positions, torch.Tensor) or positions.numel() == 0:
+        raise TypeError(f"positions is {positions!r}, expected a tensor of integers")
+    first, last = (int(edge) for edge in positions.aminmax())
+    if first < 0:
+        raise ValueError(f"positions holds {first}, expected numbers from 0 on")
+    return last + 1
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def unpacked(name, config):
+    """[(Hugging Face's name, rows), ...] of a packed parameter, in the order in which the rows stand; [] for any other."""
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    mlp = config.intermediate_size
+    for packed, parts in (
+        ("qkv_proj", {"q_proj": q, "k_proj": kv, "v_proj": kv}),
+        ("gate_up_proj", {"gate_proj": mlp, "up_proj": mlp}),
+    ):
+        if f".{packed}." in name:
+            return [(name.replace(packed, part), rows) for part, rows in parts.items()]
+    return []
+
+
+def _pack(model, state_dict, prefix, *_):
+    """Before load_state_dict: Hugging Face's own names are packed, and a tied head takes its weight from the embedding."""
+    for name in [name for name, _ in model.named_parameters()]:
+        parts = [prefix + part for part, _ in unpacked(name, model.config)]
+        if parts and all(part in state_dict for part in parts):
+            state_dict[prefix + name] = torch.cat([state_dict.pop(part) for part in parts])
+    head, embedding = prefix + "lm_head.weight", prefix + "model.embed_tokens.weight"
+    if model.config.tie_word_embeddings and embedding in state_dict:
+        state_dict[head] = state_dict[embedding]
+
+
+def _load(model, checkpoint, device, dtype):
+    """Fills a model that was built on the meta device, a tensor at a time and straight into its place."""
+    from tqdm import tqdm
+
+    names, sources, sums = checkpoint.names(), {}, {}
+    for name, parameter in model.named_parameters():
+        whole = [(name, parameter.shape[0])]
+        sources[name] = whole if name in names else unpacked(name, model.config) or whole
+        for part, rows in sources[name]:
+            shape, where = (rows, *parameter.shape[1:]), checkpoint.describe(part)
+            if part not in names:
+                raise ValueError(f"{where} is missing, expected one of shape {shape}")
+            if tuple(checkpoint.shape(part)) != shape:
+                raise ValueError(f"{where}: shape is {tuple(checkpoint.shape(part))}, expected {shape}")
+    known = {part for parts in sources.values() for part, _ in parts}
+    if model.config.tie_word_embeddings:
+        known.add("lm_head.weight")
+    extra = sorted(name for name in names - known if not name.endswith("rotary_emb.inv_freq"))
+    if extra:
+        raise ValueError(f"{checkpoint.describe(extra[0])} has no place in a {model.config.model_type} with this config")
+    total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    with tqdm(desc="loading", total=total, unit="B", unit_scale=True, delay=1.0, leave=False) as progress:
+        for name, parts in sources.items():
+            owner, _, leaf = name.rpartition(".")
+            weight = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
+            for (part, _), rows in zip(parts, weight.split([rows for _, rows in parts])):
+                rows.copy_(checkpoint.load(part))
+                sums[part] = rows.sum(dtype=torch.float32)
+                progress.update(rows.nbytes)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
+    model.tie()
+    for part, finite in zip(sums, torch.stack(list(sums.values())).isfinite().tolist()):
+        if not finite:
+            raise ValueError(f"{checkpoint.describe(part)} holds values that are not finite in {str(dtype)[6:]}")
