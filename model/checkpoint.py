@@ -353,12 +353,13 @@ class GgufFile(Checkpoint):
             "rope_scaling": self._scaling(family, rotary, integer, number),
             "hidden_act": "silu",
             "tie_word_embeddings": "lm_head.weight" not in stored,
-            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in stored,
-            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in stored,
             "sliding_window": window or None,
             "bos_token_id": self._metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._ends(),
         }
+        if family == "llama":
+            config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in stored
+            config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in stored
         if rotary != head_dim:
             config["partial_rotary_factor"] = rotary / head_dim
         return config
@@ -445,7 +446,7 @@ META_PARAMS = {
 }  # fmt: skip
 # Llama 3.2's params.json does not say that its rotary scaling is 32: (dim, n_layers) of its two text models.
 LLAMA_32 = {(2048, 16), (3072, 28)}
-REOPEN = 256 << 20  # bytes after which a .pth file is mapped anew: torch maps it whole, and what was read stays resident
+REOPEN = 16  # parts in which the .pth files are read, each mapped anew: torch maps them whole, and what was read stays resident
 
 
 class MetaFolder(Checkpoint):
@@ -458,6 +459,7 @@ class MetaFolder(Checkpoint):
             found = ", ".join(p.name for p in self._paths) or "none"
             raise CheckpointError(f"{folder}: holds {found} of consolidated.00.pth, consolidated.01.pth, ..., expected all")
         self._shards, self._touched = {}, 0
+        self._enough = sum(path.stat().st_size for path in self._paths) // REOPEN
         params = read_json(folder / "params.json")
         width = _integer(folder / "params.json", params, "dim")
         first = self._shard(self._paths[0])
@@ -525,7 +527,7 @@ class MetaFolder(Checkpoint):
     def _read(self, name, stored):
         parts = [self._shard(path)[stored.name] for path in self._paths]
         self._touched += sum(part.nbytes for part in parts)
-        if self._touched > REOPEN:
+        if self._touched > self._enough:
             self._shards.clear()
             self._touched = 0
         axis = _meta_axis(stored.name, parts[0].shape, self.config["hidden_size"])

@@ -109,7 +109,7 @@ class _Cursor:
         """A number of items of at least `least` bytes each."""
         number = self.scalar("Q", what)
         if number * least > self.size - self.position:
-            raise CheckpointError(f"{self.path}: {brief(what)} is {number}, more than its {self.size} bytes can hold")
+            raise CheckpointError(f"{self.path}: {brief(what)} is {number}, more than its {self.size} bytes hold: is it cut short?")
         return number
 
     def string(self, what):

