@@ -15,6 +15,10 @@ import os
 
 import pytest
 
+# The tests are many small products: threads cost more than they give, above all beside other work on the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("trillama")

@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def weight_bytes(model):
     """Bytes of parameters that one decode step reads: all but the input embedding, of which it reads a row (a tied embedding is
     read once, as the head)."""
-    table = model.get_input_embeddings().weight
+    table = model.model.embed_tokens.weight
     tied = model.lm_head.weight.data_ptr() == table.data_ptr()
     unique = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     return sum(unique.values()) - (0 if tied else table.numel() * table.element_size())
@@ -315,8 +315,8 @@ def main(argv=None):
     model = Llama.from_pretrained(args.model, device=device, dtype=DTYPES.get(args.dtype))
     dtype = model.lm_head.weight.dtype
     longest = max(args.prompt) + args.new
-    if longest > model.config.max_position_embeddings:
-        raise ValueError(f"--prompt and --new add up to {longest}, expected at most {model.config.max_position_embeddings}")
+    if longest > model.config.context_length:
+        raise ValueError(f"--prompt and --new add up to {longest}, expected at most {model.config.context_length}")
     bandwidth = streaming_bandwidth(device)
     facts = card(model, args.model, dtype, device, bandwidth)
     show_card(facts)
