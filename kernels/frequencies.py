@@ -68,9 +68,8 @@ def rope_parameters(config_or_theta, scaling=None):
     return rope
 
 
-def same_frequencies(config_or_theta, length):
-    """(first, last): the sequence lengths whose tables are, row for row, those of `length` tokens; last may be inf."""
-    rope = rope_parameters(config_or_theta)
+def same_frequencies(rope, length):
+    """(first, last): the sequence lengths that have the frequencies of `length` tokens; last may be inf. rope: as above."""
     limit = {"longrope": "original_max_position_embeddings", "dynamic": "max_position_embeddings"}.get(rope["rope_type"])
     boundary = _number(rope, limit) if limit else math.inf
     if length <= boundary:
@@ -78,9 +77,8 @@ def same_frequencies(config_or_theta, length):
     return (boundary + 1, math.inf) if rope["rope_type"] == "longrope" else (length, length)
 
 
-def context_length(config):
-    """How many positions a config is meant for: max_position_embeddings, or what its linear, dynamic or yarn factor gives."""
-    rope = rope_parameters(config)
+def context_length(rope):
+    """How many positions a model is meant for: max_position_embeddings, or what its linear, dynamic or yarn factor gives."""
     length = _number(rope, "max_position_embeddings")
     if rope["rope_type"] in ("linear", "dynamic", "yarn"):
         length = max(length, int(_number(rope, "original_max_position_embeddings", length) * _number(rope, "factor", 1.0)))

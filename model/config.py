@@ -97,7 +97,7 @@ class Config:
         given["rope_parameters"] = rope = rope_parameters(given)
         values = {
             **given,
-            "context_length": min(context_length(given), LARGEST["max_position_embeddings"]),
+            "context_length": min(context_length(rope), LARGEST["max_position_embeddings"]),
             "qkv_bias": given.get("attention_bias", False),
             "output_bias": given.get("attention_bias", False) and family.output_bias,
             "mlp_bias": given.get("mlp_bias", False),

@@ -159,7 +159,7 @@ class Rope:
 
         Layers without rotary embedding take the second pair, so that they write their cache with the same kernel.
         """
-        first, last = same_frequencies(self.config, length)
+        first, last = same_frequencies(self.config.rope_parameters, length)
         rows = min(max(rows, length), last, self.config.context_length)
         tables = self.made.get((first, device))
         if tables is None or tables[True][0].shape[0] < rows:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from trillama.kernels import rope_tables
-from trillama.kernels.frequencies import context_length, same_frequencies
+from trillama.kernels.frequencies import context_length, rope_parameters, same_frequencies
 
 PHI = {
     "rope_type": "longrope", "short_factor": [1 + 0.01 * i for i in range(16)], "long_factor": [1 + 0.5 * i for i in range(16)],
@@ -159,18 +159,19 @@ def test_partial_rotary_factor():
 
 
 def test_same_frequencies():
-    config = {"rope_parameters": PHI, "max_position_embeddings": 1024}
-    assert same_frequencies(config, 64) == (1, 64)
-    assert same_frequencies(config, 65) == (65, math.inf)
-    config = {"rope_parameters": SCALINGS["dynamic"], "max_position_embeddings": 1024}
-    assert same_frequencies(config, 1024) == (1, 1024)
-    assert same_frequencies(config, 1500) == (1500, 1500)
-    assert same_frequencies({"rope_parameters": LLAMA3, "max_position_embeddings": 1024}, 1500) == (1, math.inf)
+    def same(scaling, length):
+        return same_frequencies(rope_parameters({"rope_parameters": scaling, "max_position_embeddings": 1024}), length)
+
+    assert same(PHI, 64) == (1, 64)
+    assert same(PHI, 65) == (65, math.inf)
+    assert same(SCALINGS["dynamic"], 1024) == (1, 1024)
+    assert same(SCALINGS["dynamic"], 1500) == (1500, 1500)
+    assert same(LLAMA3, 1500) == (1, math.inf)
 
 
 def test_context_length():
-    def context(scaling, length=1024):
-        return context_length({"rope_scaling": scaling, "max_position_embeddings": length})
+    def context(scaling):
+        return context_length(rope_parameters({"rope_scaling": scaling, "max_position_embeddings": 1024}))
 
     assert context(None) == 1024
     assert context({"type": "linear", "factor": 4.0}) == 4096
