@@ -27,7 +27,7 @@ def _sigmoid(x):
     instructions, for denormal intermediate values that only matter where the result is 0 or 1."""
     if _PRECISE:
         return 1.0 / (1.0 + tl.exp(-x))
-    return libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-x))
+    return libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(x * -1.0))
 
 
 @jit

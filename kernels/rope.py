@@ -18,78 +18,96 @@ from .dispatch import architecture, call, cdiv, check, check_same, jit, launch, 
 
 
 @jit
-def _heads(x_row, x_strides, out_row, out_strides, read, write, first, last, cos, sin,
-           D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, ROTATE: tl.constexpr,
-           BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr):  # fmt: skip
-    """Rotates (or, without ROTATE, copies) heads first..last of some tokens, BLOCK_H at a time; x_row and out_row are the
-    addresses of the tokens' head 0, strides those of the axes head and element."""
-    dtype: tl.constexpr = out_row.dtype.element_ty
-    for start in range(first, last, BLOCK_H):
-        head = (start + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
-        x_ptr = x_row + head * x_strides[1]
-        out_ptr = out_row + head * out_strides[1]
+def _both(a, b):
+    """a & b, where None is no mask."""
+    if a is None:
+        both = b
+    elif b is None:
+        both = a
+    else:
+        both = a & b
+    return both
+
+
+@jit
+def _heads(
+    x_ptr, x_strides, out_ptr, out_strides, read, write, first, last, cos, sin,
+    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """Rotates (or, if cos is None, copies) the heads first..last of some tokens, BLOCK_H at a time; x_ptr and out_ptr are the
+    addresses of the tokens' head 0."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    head = (first + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
+    x_ptr += head * x_strides[1]
+    out_ptr += head * out_strides[1]
+    for _ in range(first, last, BLOCK_H):
         if INTERLEAVED:
             col = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
-            inside = col < 2 * HALF
-            x = tl.load(x_ptr + col * x_strides[3], read & inside)
-            if ROTATE:
-                pairs = tl.reshape(x, (x.shape[0], BLOCK_H, BLOCK_HALF, 2)).to(tl.float32)
-                a, b = tl.split(pairs)
+            inside = col < 2 * HALF if HALF < BLOCK_HALF else None
+            x = tl.load(x_ptr + col * x_strides[3], _both(read, inside))
+            if cos is not None:
+                a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK_H, BLOCK_HALF, 2)).to(tl.float32))
                 x = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), x.shape)
-            tl.store(out_ptr + col * out_strides[3], x.to(dtype), write & inside)
+            tl.store(out_ptr + col * out_strides[3], x.to(dtype), _both(write, inside))
         else:
             col = tl.arange(0, BLOCK_HALF)[None, None, :]
-            inside = col < HALF
-            a = tl.load(x_ptr + col * x_strides[3], read & inside)
-            b = tl.load(x_ptr + (col + HALF) * x_strides[3], read & inside)
-            if ROTATE:
+            inside = col < HALF if HALF < BLOCK_HALF else None
+            a = tl.load(x_ptr + col * x_strides[3], _both(read, inside))
+            b = tl.load(x_ptr + (col + HALF) * x_strides[3], _both(read, inside))
+            if cos is not None:
                 a32, b32 = a.to(tl.float32), b.to(tl.float32)
-                a, b = a32 * cos - b32 * sin, b32 * cos + a32 * sin
-            tl.store(out_ptr + col * out_strides[3], a.to(dtype), write & inside)
-            tl.store(out_ptr + (col + HALF) * out_strides[3], b.to(dtype), write & inside)
+                a, b = (a32 * cos - b32 * sin).to(dtype), (b32 * cos + a32 * sin).to(dtype)
+            tl.store(out_ptr + col * out_strides[3], a, _both(write, inside))
+            tl.store(out_ptr + (col + HALF) * out_strides[3], b, _both(write, inside))
         if BLOCK_REST > 0:
-            rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, None, :]
-            x = tl.load(x_ptr + rest * x_strides[3], read & (rest < D))
-            tl.store(out_ptr + rest * out_strides[3], x, write & (rest < D))
+            col = 2 * HALF + tl.arange(0, BLOCK_REST)[None, None, :]
+            x = tl.load(x_ptr + col * x_strides[3], _both(read, col < D))
+            tl.store(out_ptr + col * out_strides[3], x, _both(write, col < D))
+        x_ptr += BLOCK_H * x_strides[1]
+        out_ptr += BLOCK_H * out_strides[1]
 
 
 @jit(do_not_specialize=[
     "positions_ptr", "position_stride_batch", "position_stride_token", "block_table_ptr", "block_table_stride", "tokens",
-    "tokens_per_row", "table_rows", "capacity", "pages", "heads_per_program",
+    "table_rows", "capacity", "pages", "heads_per_program",
 ])  # fmt: skip
 def _rope_kernel(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, v_out_ptr, cos_ptr, sin_ptr, positions_ptr, block_table_ptr,
     q_strides, k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides, cos_strides, sin_strides,
-    position_stride_batch, position_stride_token, block_table_stride,
-    tokens, tokens_per_row, table_rows, capacity, pages, heads_per_program,
-    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
-    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    position_stride_batch, position_stride_token, block_table_stride, tokens, table_rows, capacity, pages, heads_per_program,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """One program turns some heads of BLOCK_S tokens; the heads are numbered q, then k, then v.
 
-    cos and sin are read once a token and stay in registers. With v_ptr, k and v go into caches [B, Hk, T, D], or [pages, Hk,
-    page, D] through the block table, at the token's position. What lies outside the table turns to NaN, what lies outside the
-    cache is not written. The loads have no `other`: a lane that reads nothing writes nothing.
+    cos and sin are read once and stay in registers. With v_ptr, k and v go into caches [B, Hk, T, D], or [pages, Hk, page, D]
+    through the block table, at the token's position. What lies outside the tables turns to NaN, what lies outside the cache is
+    not written. The masked loads have no `other`: a lane that reads nothing writes nothing.
     """
+    batch = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None, None]
-    read = token < tokens
-    batch, s = (token // tokens_per_row).to(tl.int64), (token % tokens_per_row).to(tl.int64)
+    read = token < tokens if BLOCK_S > 1 else None
+    pair = tl.broadcast_to(tl.arange(0, BLOCK_HALF)[None, None, :], (BLOCK_S, BLOCK_H, BLOCK_HALF))
+    known = _both(read, pair < HALF if HALF < BLOCK_HALF else None)
+    s = token.to(tl.int64)
     position = s
     if positions_ptr is not None:
-        where = batch * position_stride_batch + s * position_stride_token
-        position = tl.load(positions_ptr + where, read, other=-1).to(tl.int64)
-
-    pair = tl.arange(0, BLOCK_HALF)[None, None, :]
-    known = read & (position >= 0) & (position < table_rows) & (pair < HALF)
-    cos = tl.load(cos_ptr + position * cos_strides[0] + pair * cos_strides[1], known, other=float("nan"))
-    sin = tl.load(sin_ptr + position * sin_strides[0] + pair * sin_strides[1], known, other=0.0)
+        position = tl.load(positions_ptr + batch * position_stride_batch + s * position_stride_token, read).to(tl.int64)
+        known = _both(known, (position >= 0) & (position < table_rows))
+    cos = tl.load(cos_ptr + position * cos_strides[0] + pair * cos_strides[1], known)
+    sin = tl.load(sin_ptr + position * sin_strides[0] + pair * sin_strides[1], known)
+    if positions_ptr is not None:
+        cos = tl.where(known, cos, float("nan"))
     if INVERSE:
         sin = -sin
 
-    row, slot, write = batch, s, read
+    row, slot = batch, s
+    write = read
     if v_ptr is not None:
-        slot, write = position, read & (position >= 0) & (position < capacity)
+        slot = position
+        write = _both(read, (position >= 0) & (position < capacity))
         if block_table_ptr is not None:
             row = tl.load(block_table_ptr + batch * block_table_stride + position // PAGE, write, other=-1).to(tl.int64)
             slot = position % PAGE
@@ -100,21 +118,20 @@ def _rope_kernel(
     _heads(
         q_ptr + batch * q_strides[0] + s * q_strides[2], q_strides,
         q_out_ptr + batch * q_out_strides[0] + s * q_out_strides[2], q_out_strides,
-        read, read, first, tl.minimum(last, HQ), cos, sin,
-        D, HALF, INTERLEAVED, True, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        read, read, first, tl.minimum(last, HQ), cos, sin, D, HALF, INTERLEAVED, BLOCK_H, BLOCK_HALF, BLOCK_REST,
     )  # fmt: skip
     _heads(
         k_ptr + batch * k_strides[0] + s * k_strides[2], k_strides,
         k_out_ptr + row * k_out_strides[0] + slot * k_out_strides[2], k_out_strides,
         read, write, tl.maximum(first - HQ, 0), tl.minimum(last - HQ, HK), cos, sin,
-        D, HALF, INTERLEAVED, True, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        D, HALF, INTERLEAVED, BLOCK_H, BLOCK_HALF, BLOCK_REST,
     )  # fmt: skip
     if v_ptr is not None:
         _heads(
             v_ptr + batch * v_strides[0] + s * v_strides[2], v_strides,
             v_out_ptr + row * v_out_strides[0] + slot * v_out_strides[2], v_out_strides,
-            read, write, tl.maximum(first - HQ - HK, 0), tl.minimum(last - HQ - HK, HK), cos, sin,
-            D, HALF, INTERLEAVED, False, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+            read, write, tl.maximum(first - HQ - HK, 0), tl.minimum(last - HQ - HK, HK), None, None,
+            D, HALF, INTERLEAVED, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
 
 
@@ -129,21 +146,21 @@ def _rotate(q, k, cos, sin, positions, interleaved, inverse, v=None, caches=(Non
     k_out, v_out = (_empty(k), None) if v is None else caches
     heads = HQ + HK * (1 if v is None else 2)
     tile = tuning.rope(half, D - 2 * half, math.gcd(HQ, HK), q.element_size())
-    blocks = cdiv(B * S, tile.block_s)
-    # Few tokens: the heads are spread over programs, as many as fill the GPU. Nothing is recompiled for it.
-    groups = min(cdiv(heads, tile.block_h), cdiv(tuning.programs(architecture(q)), max(1, blocks)))
+    blocks = cdiv(S, tile.block_s)
+    # Few tokens: the heads are spread over programs. The number of heads is an argument, so nothing is recompiled for it.
+    groups = min(heads // tile.block_h, cdiv(tuning.programs(architecture(q)), max(1, B * blocks)))
     heads_per_program = cdiv(cdiv(heads, groups), tile.block_h) * tile.block_h
     page = None if block_table is None else k_out.shape[2]
     launch(
         _rope_kernel,
-        (blocks, cdiv(heads, heads_per_program)),
+        (blocks, cdiv(heads, heads_per_program), B),
         q, k, v, q_out, k_out, v_out, cos, sin, positions, block_table,
         q.stride(), k.stride(), None if v is None else v.stride(),
         q_out.stride(), k_out.stride(), None if v is None else v_out.stride(), cos.stride(), sin.stride(),
         0 if positions is None or positions.dim() == 1 else positions.stride(0),
         0 if positions is None else positions.stride(-1),
         0 if block_table is None else block_table.stride(0),
-        B * S, S, cos.shape[0],
+        S, cos.shape[0],
         k_out.shape[2] if block_table is None else page * block_table.shape[1], k_out.shape[0], heads_per_program,
         HQ=HQ, HK=HK, D=D, HALF=half, PAGE=page, INTERLEAVED=interleaved, INVERSE=inverse,
         BLOCK_S=tile.block_s, BLOCK_H=tile.block_h, BLOCK_HALF=tile.block_half, BLOCK_REST=tile.block_rest,

@@ -61,13 +61,13 @@ def rope(half, rest, common, itemsize):
     block_half = next_power_of_2(half)
     lanes = max(1, block_half * itemsize // 16)
     block_h = min(common & -common, max(1, 32 // lanes))
-    warps = 4
+    warps = 1
     return Rope(max(1, warps * 32 // (lanes * block_h)), block_h, block_half, next_power_of_2(rest) if rest else 0, warps)
 
 
 def elementwise(n, itemsize):
-    """Elementwise kernels over rows of n: a thread computes one 128-bit piece, a program of 4 warps walks no further."""
-    size = 4 * 32 * 16 // itemsize
+    """Elementwise kernels over rows of n: a thread computes two 128-bit pieces, a program of 4 warps walks no further."""
+    size = 2 * 4 * 32 * 16 // itemsize
     exact = n & -n  # the largest power of two that divides n: no thread idles behind the end of the row
     block_n = min(size, exact if exact >= size // 8 else next_power_of_2(n))
     return Rows(size // block_n, block_n, 4)
@@ -96,10 +96,12 @@ def decode(arch, head_dim, itemsize, rows):
     cache's bytes; 64 splits of eight heads are several programs for every multiprocessor.
     """
     block_d = max(16, next_power_of_2(head_dim))
-    block_m = min(64, max(16, next_power_of_2(rows)))
+    # float32 products are made of scalar multiplications, which keep more in registers
+    block_m = min(64 if itemsize == 2 else 32, max(16, next_power_of_2(rows)))
     block_n = max(16, min(64, 64 * 256 // (block_d * itemsize)))
     warps = 8 if block_m * block_d > 64 * 128 or itemsize == 4 else 4
-    return Decode(block_m, block_n, block_d, min(512, next_power_of_2(rows * head_dim)), 512, 64, warps, 3)
+    stages = 3 if arch in (80, 90, 100) else 2  # elsewhere a block has 99 KiB of shared memory
+    return Decode(block_m, block_n, block_d, min(512, next_power_of_2(rows * head_dim)), 512, 64, warps, stages)
 
 
 @dataclass(frozen=True)
