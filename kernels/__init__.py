@@ -2,6 +2,7 @@
 
 from . import reference
 from .attention import flash_attention, flash_attention_varlen
+from .decode import decode_attention
 from .dispatch import use_backend
 from .frequencies import rope_tables
 from .glu import swiglu
@@ -9,6 +10,6 @@ from .rmsnorm import add_rms_norm, rms_norm
 from .rope import apply_rope, rope_append_
 
 __all__ = [
-    "add_rms_norm", "apply_rope", "flash_attention", "flash_attention_varlen", "reference", "rms_norm",
+    "add_rms_norm", "apply_rope", "decode_attention", "flash_attention", "flash_attention_varlen", "reference", "rms_norm",
     "rope_append_", "rope_tables", "swiglu", "use_backend",
 ]  # fmt: skip

@@ -231,8 +231,9 @@ def register(name, function, fake, *, mutates=(), backward=None, setup_context=N
 def call(op, function, *arguments):
     """`op(*arguments)` if autograd, torch.compile, a tensor subclass or a dispatch mode has to see it, else `function` directly:
     the dispatcher costs several microseconds a call."""
-    transformed = torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None
-    if torch.compiler.is_compiling() or transformed:
+    if torch.compiler.is_compiling():  # first and alone: what follows cannot be traced
+        return op(*arguments)
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
         return op(*arguments)
     grad = torch.is_grad_enabled()
     for a in arguments:

@@ -178,21 +178,28 @@ def flash_attention_varlen(
 
 
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, softcap=None, block_table=None, splits=None):
-    if block_table is not None:
-        k_cache, v_cache = (c[block_table.long()].transpose(1, 2).flatten(2, 3) for c in (k_cache, v_cache))
+    ends = lengths.tolist()
+    if len(set(ends)) > 1:  # row by row: no product may reach what lies beyond a row's length
+        rows, paged = [], block_table is not None
+        for b in range(len(ends)):
+            one = slice(b, b + 1)
+            k, v = (c if paged else c[one] for c in (k_cache, v_cache))
+            table = block_table[one] if paged else None
+            options = {"scale": scale, "window": window, "softcap": softcap, "block_table": table}
+            rows.append(decode_attention(q[one], k, v, lengths[one], **options))
+        return torch.cat(rows)
     B, Hq, S, D = q.shape
-    Hk = k_cache.shape[1]
-    longest = min(int(lengths.max()) if B else 0, k_cache.shape[2])
-    k, v = k_cache[:, :, :longest], v_cache[:, :, :longest]
-    scale = D**-0.5 if scale is None else scale
-    positions = lengths.long()[:, None] + torch.arange(-S, 0, device=q.device)
-    mask = visible(positions, longest, *span(True, window))
-    if softcap is not None or not bool(mask.any(-1).all()) or 0 in (*q.shape, longest):
-        return attend(q, k, v, mask, scale, softcap)[0]
-    # The query heads of a group become rows of one product, so the cache is read once and never expanded.
-    packed = q.reshape(B, Hk, Hq // Hk * S, D)
-    mask = None if bool(mask.all()) else mask.repeat(1, Hq // Hk, 1).unsqueeze(1)
-    return F.scaled_dot_product_attention(packed, k, v, mask, scale=scale).reshape(B, Hq, S, D)
+    end = ends[0] if ends else 0
+    if block_table is not None:
+        pages = block_table[:, : -(-end // k_cache.shape[2])].long()
+        k_cache, v_cache = (c[pages].transpose(1, 2).flatten(2, 3) for c in (k_cache, v_cache))
+    begin = 0 if window is None else max(0, end - S - window + 1)
+    k, v = k_cache[:, :, begin:end], v_cache[:, :, begin:end]
+    if S != 1 or softcap is not None or 0 in (*q.shape, *k.shape):
+        return attention(q, k, v, scale, *span(True, window), softcap, False)[0]
+    # The query heads of a group are the rows of one product, so the cache is read once and never expanded.
+    packed = q.reshape(B, k.shape[1], -1, D)
+    return F.scaled_dot_product_attention(packed, k, v, scale=scale).view(B, Hq, S, D)
 
 
 # --- the matrix-vector product of the decode step --------------------------------------------------------------------
