@@ -98,7 +98,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = not special
         try:
             ids = self._backend.encode(text, add_special_tokens=bos is None).ids
-        except UnicodeEncodeError:
+        except TypeError:  # what tokenizers makes of a str that is not Unicode
             raise ValueError("text holds half of a surrogate pair, expected whole characters") from None
         return [self.bos, *ids] if bos else ids
 
@@ -211,9 +211,6 @@ def _from_folder(folder):
     tokens = {role: _content(where, role, value) for role, value in config.items() if role in ROLES}
     missing = [AddedToken(token, special=True, normalized=False) for token in tokens.values() if backend.token_to_id(token) is None]
     backend.add_special_tokens(missing)
-    if "add_bos_token" in config or "add_eos_token" in config:
-        ends = [tokens.get(role) if config.get(f"add_{role}") else None for role in ("bos_token", "eos_token")]
-        backend.post_processor = _ends(backend, *ends)
     return backend, tokens, _chat_template(folder, config)
 
 
@@ -225,14 +222,6 @@ def _content(where, role, token):
     if not isinstance(token, str) or not token:
         raise CheckpointError(f"{where}: {role} is {brief(token)}, expected a token")
     return token
-
-
-def _ends(backend, bos, eos):
-    """The post-processor that puts bos before a text and eos after it, where they are not None."""
-    return processors.TemplateProcessing(
-        single=" ".join(filter(None, (bos, "$A", eos))),
-        special_tokens=[(token, backend.token_to_id(token)) for token in {bos, eos} if token],
-    )
 
 
 def _chat_template(folder, config):
@@ -346,7 +335,10 @@ def _finish(backend, added, tokens, begins, ends):
     """Adds tokens that are matched before all else (name -> whether it is special) and the custom at both ends of a text."""
     backend.add_tokens([AddedToken(token, normalized=False, special=special) for token, special in added.items()])
     bos, eos = (tokens.get("bos_token") if begins else None, tokens.get("eos_token") if ends else None)
-    backend.post_processor = _ends(backend, bos, eos)
+    backend.post_processor = processors.TemplateProcessing(
+        single=" ".join(filter(None, (bos, "$A", eos))),
+        special_tokens=[(token, backend.token_to_id(token)) for token in {bos, eos} if token],
+    )
 
 
 # --- Meta's tokenizer.model ------------------------------------------------------------------------------------------
