@@ -15,25 +15,38 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a Llama-style model, or of one GPU's share of it."""
+    """The sizes of a Llama-style model, or of one GPU's share of it. layers: 0 where only its shapes of attention are used."""
 
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     ffn: int
+    layers: int = 0
+    vocab: int = 0
+    tied: bool = False
+    family: str = "llama"
+
+    def config(self):
+        """What a config.json would say of these sizes."""
+        return {
+            "model_type": self.family, "hidden_size": self.hidden, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers, "vocab_size": self.vocab, "tie_word_embeddings": self.tied,
+            "max_position_embeddings": 131072, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
+        }  # fmt: skip
 
 
 MODELS = {  # from the config.json of each checkpoint; "/8": one of eight tensor-parallel shares
-    "SmolLM2-135M": Model(576, 9, 3, 64, 1536),
-    "Qwen3-0.6B": Model(1024, 16, 8, 128, 3072),
-    "Llama-3.2-1B": Model(2048, 32, 8, 64, 8192),
-    "Phi-3-mini": Model(3072, 32, 32, 96, 8192),
-    "Qwen2.5-7B": Model(3584, 28, 4, 128, 18944),
+    "SmolLM2-135M": Model(576, 9, 3, 64, 1536, 30, 49152, True),
+    "Qwen3-0.6B": Model(1024, 16, 8, 128, 3072, 28, 151936, True, "qwen3"),
+    "Llama-3.2-1B": Model(2048, 32, 8, 64, 8192, 16, 128256, True),
+    "Phi-3-mini": Model(3072, 32, 32, 96, 8192, 32, 32064, False, "phi3"),
+    "Qwen2.5-7B": Model(3584, 28, 4, 128, 18944, 28, 152064, False, "qwen2"),
     "Gemma-2-9B": Model(3584, 16, 8, 256, 14336),
-    "Llama-3.1-8B": Model(4096, 32, 8, 128, 14336),
-    "Llama-3.1-70B/8": Model(8192, 8, 1, 128, 3584),
-    "Llama-3.1-405B/8": Model(16384, 16, 1, 128, 6656),
+    "Llama-3.1-8B": Model(4096, 32, 8, 128, 14336, 32, 128256),
+    "Llama-3.1-70B/8": Model(8192, 8, 1, 128, 3584, 80, 16032),
+    "Llama-3.1-405B/8": Model(16384, 16, 1, 128, 6656, 126, 16032),
 }
 
 
@@ -100,17 +113,18 @@ class Case:
     def moved(self):
         """The least bytes through memory: every input read once, every output written once, as far as they are needed."""
         op = OPS[self.op]
-        return (op.moved_backward if self.backward else op.moved)(self)
+        return (op.moved_backward if self.backward else op.moved)(self.inputs("meta"))
 
     @property
     def flops(self):
         """FLOP of the matrix products, 0 for ops that have none. The backward counts as two and a half forwards."""
-        return round(OPS[self.op].flops(self) * (2.5 if self.backward else 1))
+        return round(OPS[self.op].flops(self.inputs("meta")) * (2.5 if self.backward else 1))
 
 
 @dataclass(frozen=True)
 class Op:
-    """inputs(case, make) -> arguments; moved(case) -> least bytes; label(case) -> what of the model matters here."""
+    """inputs(case, make) -> arguments by name; label(case) -> what of the model matters here; moved(arguments) -> least bytes and
+    flops(arguments), also of arguments on the meta device."""
 
     phase: str
     inputs: Callable
@@ -118,7 +132,7 @@ class Op:
     moved: Callable
     moved_backward: Callable | None = None
     differentiable: tuple = ()
-    flops: Callable = lambda c: 0
+    flops: Callable = lambda a: 0
     models: tuple = ("Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B/8")
 
 
@@ -164,17 +178,20 @@ def _decode(c, make):
     return {"q": q, **_caches(c, make), "lengths": lengths}
 
 
-def _elements(c, q=0, kv=0, tokens=None):
-    return c.batch * (c.tokens if tokens is None else tokens) * c.m.head_dim * (q * c.m.heads + kv * c.m.kv_heads)
+def size(*tensors):
+    """Bytes of the tensors; None is skipped."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _table_bytes(c):
-    return c.tokens * c.m.head_dim * 4  # a row of cos and a row of sin, of half a head each, in float32
+def _rows(a):
+    """Bytes of the rows of cos and sin that the tokens need, each once."""
+    return 2 * a["q"].shape[2] * a["cos"].shape[1] * 4
 
 
-def _pairs(c):
-    """Query-key pairs under a causal mask aligned bottom-right."""
-    return c.tokens * c.context - c.tokens * (c.tokens - 1) // 2
+def _products(a):
+    """FLOP of the two products of attention, causal, aligned bottom-right."""
+    (B, H, S, D), T = a["q"].shape, a.get("k_cache", a.get("k")).shape[2]
+    return 4 * B * H * D * (S * T - S * (S - 1) // 2)
 
 
 def _hidden(c):
@@ -185,41 +202,42 @@ def _heads(c):
     return f"head {c.m.head_dim}, {c.m.heads}/{c.m.kv_heads}"
 
 
+WIDTHS = ("Qwen3-0.6B", "Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B/8", "Llama-3.1-405B/8")
+HEADS = ("Llama-3.2-1B", "Phi-3-mini", "Llama-3.1-8B", "Gemma-2-9B")
+
 OPS = {
     "rms_norm": Op(
         "both", lambda c, make: {"x": make(c.batch, c.tokens, c.m.hidden), "weight": make(c.m.hidden)}, _hidden,
-        lambda c: (2 * c.rows + 1) * c.m.hidden * c.itemsize, lambda c: (3 * c.rows + 2) * c.m.hidden * c.itemsize, ("x", "weight"),
-        models=("Qwen3-0.6B", "Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B/8", "Llama-3.1-405B/8"),
+        lambda a: 2 * size(a["x"]) + size(a["weight"]), lambda a: 3 * size(a["x"]) + 2 * size(a["weight"]), ("x", "weight"),
+        models=WIDTHS,
     ),
     "add_rms_norm": Op(
         "both",
         lambda c, make: {
             "x": make(c.batch, c.tokens, c.m.hidden), "residual": make(c.batch, c.tokens, c.m.hidden), "weight": make(c.m.hidden)
         },
-        _hidden, lambda c: (4 * c.rows + 1) * c.m.hidden * c.itemsize, lambda c: (4 * c.rows + 2) * c.m.hidden * c.itemsize,
-        ("x", "residual", "weight"),
-        models=("Qwen3-0.6B", "Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B/8", "Llama-3.1-405B/8"),
+        _hidden, lambda a: 4 * size(a["x"]) + size(a["weight"]), lambda a: 4 * size(a["x"]) + 2 * size(a["weight"]),
+        ("x", "residual", "weight"), models=WIDTHS,
     ),
     "apply_rope": Op(
-        "prefill", _rope, _heads, lambda c: _elements(c, 2, 2) * c.itemsize + _table_bytes(c),
-        lambda c: _elements(c, 2, 2) * c.itemsize + _table_bytes(c), ("q", "k"),
+        "prefill", _rope, _heads, lambda a: 2 * size(a["q"], a["k"]) + _rows(a), lambda a: 2 * size(a["q"], a["k"]) + _rows(a),
+        ("q", "k"), models=HEADS,
     ),
     "rope_append_": Op(
-        "decode", _rope_append, _heads, lambda c: _elements(c, 2, 4) * c.itemsize + _table_bytes(c) + 4 * c.tokens,
+        "decode", _rope_append, _heads,
+        lambda a: 2 * size(a["q"], a["k"], a["v"]) + _rows(a) + size(a["positions"]), models=HEADS,
     ),
     "swiglu": Op(
-        "both", _gate_up, lambda c: f"ffn {c.m.ffn}", lambda c: 3 * c.rows * c.m.ffn * c.itemsize,
-        lambda c: 5 * c.rows * c.m.ffn * c.itemsize, ("gate", "up"),
+        "both", _gate_up, lambda c: f"ffn {c.m.ffn}", lambda a: 3 * size(a["gate"]), lambda a: 5 * size(a["gate"]), ("gate", "up"),
+        models=WIDTHS,
     ),
     "flash_attention": Op(
-        "prefill", _attention, _heads, lambda c: (_elements(c, 2) + _elements(c, 0, 2, c.context)) * c.itemsize,
-        lambda c: _elements(c, 4, 4) * c.itemsize + 4 * c.rows * c.m.heads, ("q", "k", "v"),
-        flops=lambda c: 4 * c.batch * c.m.heads * c.m.head_dim * _pairs(c), models=("Llama-3.2-1B", "Llama-3.1-8B", "Gemma-2-9B"),
+        "prefill", _attention, _heads, lambda a: size(a["q"], a["q"], a["k"], a["v"]),
+        lambda a: 4 * size(a["q"]) + 4 * size(a["k"]) + 4 * a["q"].shape[:3].numel(), ("q", "k", "v"), _products, HEADS,
     ),
     "decode_attention": Op(
-        "decode", _decode, _heads,
-        lambda c: (_elements(c, 2) + _elements(c, 0, 2, c.context)) * c.itemsize + 4 * c.batch,
-        flops=lambda c: 4 * c.batch * c.m.heads * c.m.head_dim * _pairs(c), models=("Llama-3.2-1B", "Llama-3.1-8B", "Gemma-2-9B"),
+        "decode", _decode, _heads, lambda a: size(a["q"], a["q"], a["k_cache"], a["v_cache"], a["lengths"]), flops=_products,
+        models=HEADS,
     ),
 }  # fmt: skip
 

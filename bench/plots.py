@@ -34,10 +34,10 @@ COLOURS = {
 
 
 def xray(reports, file):
-    """Two panels: cycles of every pipe in the loops with matrix instructions, in units of the cycles the matrix work takes at its
-    peak rate; and the instructions of the other kernels for every 16 bytes they move."""
-    loops = [r for r in reports if r.get("loop") and r["loop"]["flops"]]
-    rows = [r for r in reports if r.get("mix") and not (r.get("loop") and r["loop"]["flops"])]
+    """Two panels. Kernels bound by matrix work: cycles of every pipe in their hottest loop, in units of the cycles which the matrix
+    work takes at its peak rate. Kernels bound by memory: their instructions for every 16 bytes they move."""
+    rows = [r for r in reports if r["mix"] and r["issue_at_full_bandwidth"] is not None]
+    loops = [r for r in reports if r["loop"] and r["loop"]["flops"] and r["issue_at_full_bandwidth"] is None]
     panels = [p for p in (loops, rows) if p]
     if not panels:
         raise ValueError("--plot: nothing to draw, no kernel for an NVIDIA architecture was examined")
@@ -71,7 +71,7 @@ def xray(reports, file):
             before = [sum(_share(r).get(p, 0) for p in used[: used.index(pipe)]) for r in rows]
             ax.barh(range(len(rows)), [_share(r).get(pipe, 0) for r in rows], 0.7, before, color=COLOURS[pipe], label=pipe)
         ax.set_xlabel("warp instructions for every 16 bytes moved")
-        ax.set_title("Kernels without matrix instructions (compiled code, not a timing)", fontsize=9)
+        ax.set_title("Kernels bound by memory (compiled code, not a timing)", fontsize=9)
         ax.legend(fontsize=8, frameon=False, loc="lower right")
     save(drawn, file)
 

@@ -27,7 +27,9 @@ GPUS = {
     "H100": GPU(90, 3.35e12, 989.4e12, 66.9e12, "H100 SXM datasheet, without sparsity"),
     "H200": GPU(90, 4.8e12, 989.4e12, 66.9e12, "H200 SXM datasheet, without sparsity"),
     "B200": GPU(100, 8.0e12, 2250e12, 75e12, "HGX B200 datasheet, without sparsity"),
+    "A10": GPU(86, 0.6e12, 125e12, 31.2e12, "A10 datasheet, without sparsity"),
     "RTX 4090": GPU(89, 1.008e12, 165.2e12, 82.6e12, "Ada architecture whitepaper, float32 accumulation"),
+    "RTX 5090": GPU(120, 1.792e12, 209.5e12, 104.8e12, "RTX Blackwell architecture whitepaper, float32 accumulation"),
 }
 
 

@@ -276,11 +276,12 @@ def launches_of(case):
 
 
 # --- worker processes and the cache ------------------------------------------------------------------------------------
-# Compiled code needs a process in which Triton was imported without its interpreter, and a compiler may end its process: so
-# reports are always made by workers, which read one job a line and answer with one line.
+# Compiled code needs a process in which Triton was imported without its interpreter, memory traffic one with it, and a compiler may
+# end its process: so reports are always made by workers, which read one job a line and answer with one line.
 
 
 def _work():
+    from . import traffic
     from .cases import Case
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -288,7 +289,11 @@ def _work():
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            answer = {"reports": examine(Case(**job["case"]), job["arch"], job["fp64_scalars"])}
+            case = Case(**job["case"])
+            if job["what"] == "traffic":
+                answer = {"reports": [traffic.summary(case)]}
+            else:
+                answer = {"reports": examine(case, job["arch"], job["fp64_scalars"])}
         except Exception as error:
             text = str(error).strip() or type(error).__name__
             answer = {"error": f"{type(error).__name__}: {text.splitlines()[-1].strip()}"}
@@ -296,30 +301,33 @@ def _work():
 
 
 class Workers:
-    """`ask(job)` from any thread: every thread has a worker process of its own, which is replaced if the compiler ends it."""
+    """`ask(job)` from any thread: every thread has worker processes of its own, which are replaced if the compiler ends one."""
 
     def __init__(self):
         self.own = threading.local()
         self.all = []
 
-    def _start(self):
+    def _start(self, what):
         environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRILLAMA_BACKEND")}
-        self.own.process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import _work; _work()"],
+        if what == "traffic":
+            environment["TRITON_INTERPRET"] = "1"
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from trillama.bench.xray import _work; _work()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
-        self.all.append(self.own.process)
+        self.all.append(process)
+        return process
 
     def ask(self, job):
-        if getattr(self.own, "process", None) is None:
-            self._start()
-        process = self.own.process
+        what = job["what"]
+        process = getattr(self.own, what, None) or self._start(what)
+        setattr(self.own, what, process)
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
         line = process.stdout.readline()
         if line:
             return json.loads(line)
-        self.own.process = None
+        setattr(self.own, what, None)
         return {"error": f"the compiler ended its process (status {process.wait()})"}
 
     def close(self):
@@ -347,11 +355,12 @@ def _version():
     return state.hexdigest()
 
 
-def survey(cases, architectures=USUAL, fp64_scalars=False, cached=True, progress=lambda done, total: None):
-    """Reports of every case on every architecture, in that order; what cannot be compiled is a report with an "error"."""
-    jobs = [
-        {"case": dataclasses.asdict(case), "arch": arch, "fp64_scalars": fp64_scalars} for case in cases for arch in architectures
-    ]
+def _nothing(done, total):
+    pass
+
+
+def answers(jobs, cached=True, progress=_nothing):
+    """The workers' answers to jobs, in order, two or more at a time; answers are kept on disk until a source or version changes."""
     workers = Workers()
     done = itertools.count(1)
 
@@ -375,13 +384,25 @@ def survey(cases, architectures=USUAL, fp64_scalars=False, cached=True, progress
 
     try:
         with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-            answers = list(pool.map(one, jobs))
+            return list(pool.map(one, jobs))
     finally:
         workers.close()
+
+
+def survey(cases, architectures=USUAL, fp64_scalars=False, cached=True, progress=_nothing):
+    """Reports of every case on every architecture, in that order; what cannot be compiled is a report with an "error"."""
+    pairs = list(itertools.product(cases, architectures))
+    jobs = [{"what": "code", "case": dataclasses.asdict(case), "arch": arch, "fp64_scalars": fp64_scalars} for case, arch in pairs]
     reports = []
-    for (case, arch), answer in zip(itertools.product(cases, architectures), answers):
+    for (case, arch), answer in zip(pairs, answers(jobs, cached, progress)):
         reports += answer.get("reports") or [{**identity(case, arch), "error": answer.get("error", "launches nothing")}]
     return reports
+
+
+def moved(cases, cached=True):
+    """`traffic.summary` of every case that runs, in a process with the interpreter."""
+    jobs = [{"what": "traffic", "case": dataclasses.asdict(case)} for case in cases]
+    return [report for answer in answers(jobs, cached) for report in answer.get("reports", ())]
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
@@ -395,8 +416,8 @@ def _fraction(x):
     return "-" if x is None else f"{x:.2f}"
 
 
-def text(reports):
-    """The reports as tables, one an op."""
+def text(reports, traffic=()):
+    """The reports as tables, one an op, each with the bytes it moves (`traffic.summary`) where they were counted."""
     lines = []
     for (op, dtype), group in itertools.groupby(reports, lambda r: (r["op"], r["dtype"])):
         group = list(group)
@@ -430,6 +451,12 @@ def text(reports):
         if rows:
             lines += ["", *(f"  {line}" for line in table(header, rows, left=3))]
         lines += [f"  {r['case']}  {r['arch']}: {r['error']}" for r in group if "error" in r]
+        lines += [
+            f"  memory, {t['case']}, {t['shape']}: {t['hbm']:,} bytes, {t['hbm'] / t['least']:.3f} of the least; "
+            f"{t['requested'] / t['least']:.2f} asked of the caches"
+            for t in traffic
+            if (t["op"], t["dtype"]) == (op, dtype)
+        ]
         lines.append("")
     return "\n".join([*lines, *LEGEND])
 
@@ -439,7 +466,8 @@ LEGEND = (
     "spills: instructions on local memory (stack). shared: a program's, of what it may have. occupancy: warps, and their limit.",
     "loads, stores: widths in bits of all accesses to global memory. issue: share of issue slots needed at full memory bandwidth.",
     "Loop: instructions of one warp by pipe; cycles of a multiprocessor for one program and iteration; ceilings: fraction of the",
-    "tensor cores' peak if nothing overlaps with them and if everything does.",
+    "tensor cores' peak if nothing overlaps with them and if everything does. memory: counted from the kernels' own accesses, every",
+    "32-byte sector once a launch.",
 )
 
 
@@ -492,16 +520,19 @@ def main(argv=None):
         import triton  # noqa: F401
     except ImportError:
         raise ValueError("xray compiles the Triton kernels, but Triton is not installed (it has wheels for Linux only)") from None
+    from .traffic import small
+
     cases, architectures = chosen(options)
     reports = survey(cases, architectures, cached=not options.no_cache, progress=_progress)
+    traffic = moved([small(case) for case in cases], cached=not options.no_cache)
     if options.json:
-        document = json.dumps({"versions": versions(), "reports": reports}, indent=1)
+        document = json.dumps({"versions": versions(), "reports": reports, "traffic": traffic}, indent=1)
         if options.json == "-":
             print(document)
         else:
             Path(options.json).write_text(document + "\n")
     if options.json != "-":
-        print(text(reports))
+        print(text(reports, traffic))
     if options.plot:
         from . import plots
 
