@@ -1,0 +1,347 @@
+"""The command line as a user meets it: text on stdout, speeds on stderr, one line and status 2 for a mistake."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from trillama.model import cli
+
+pytestmark = pytest.mark.host
+
+TRILLAMA = [sys.executable, "-m", "trillama.model.cli"]
+
+
+def run(*arguments, **options):
+    command = [*TRILLAMA, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, **options)
+
+
+@pytest.fixture
+def trillama(capsys, monkeypatch):
+    """Runs a command line in this process, on the reference path: (status, stdout, stderr)."""
+    monkeypatch.setenv("TRILLAMA_BACKEND", "reference")
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+def mistake(result, *words):
+    status, out, err = result
+    assert status == 2, err
+    assert err.startswith("trillama: error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err, err
+    return out
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def expected_ids(folder, ids, count):
+    """Greedy ids of transformers on the same files, in float32."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    new = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
+    return new[0, len(ids) :].tolist()
+
+
+def test_generate(trillama, tiny_folder):
+    from trillama.model import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(tiny_folder)
+    status, out, err = trillama("generate", "the capital of", "--model", tiny_folder, "--max-new-tokens", 12)
+    assert status == 0
+    ids = expected_ids(tiny_folder, tokenizer.encode("the capital of"), 12)
+    text = tokenizer.decode(ids)
+    assert out == text + ("" if text.endswith("\n") else "\n")
+    assert re.search(r"prefill \d+ tokens in [\d.]+ s, [\d.]+ tokens/s; decode 11 tokens in [\d.]+ s, [\d.]+ tokens/s\n$", err)
+
+
+@pytest.mark.parametrize("option", [[], ["--no-cache"], ["--dtype", "float32"], ["--device", "cpu"], ["--backend", "reference"]])
+def test_json_holds_the_same_text(trillama, tiny_folder, option):
+    _, text, _ = trillama("generate", "the other", "--model", tiny_folder, "--max-new-tokens", 9)
+    status, out, err = trillama("generate", "the other", "--model", tiny_folder, "--max-new-tokens", 9, "--json", *option)
+    answer = json.loads(out)
+    assert (status, err) == (0, "")
+    assert answer["text"].rstrip("\n") == text.rstrip("\n")
+    assert answer["new_tokens"] == len(answer["ids"]) == 9
+    assert answer["prompt_tokens"] == len(answer["prompt_ids"]) == answer["prefill"]["tokens"]
+    assert answer["decode"]["tokens"] == 8
+    assert answer["decode"]["tokens_per_second"] == pytest.approx(8 / answer["decode"]["seconds"])
+
+
+def test_chat_applies_the_template(trillama, tiny_folder):
+    from trillama.model import Tokenizer
+
+    _, out, _ = trillama("generate", "a b", "--model", tiny_folder, "--max-new-tokens", 3, "--chat", "--json")
+    dialogue = Tokenizer.from_pretrained(tiny_folder).apply_chat_template([{"role": "user", "content": "a b"}])
+    assert json.loads(out)["prompt_ids"] == dialogue
+
+
+def test_sampling_options_reach_the_model(trillama, tiny_folder):
+    def ids(*options):
+        _, out, err = trillama("generate", "a", "--model", tiny_folder, "--max-new-tokens", 20, "--json", *options)
+        assert err == ""
+        return json.loads(out)["ids"]
+
+    greedy = ids()
+    hot = ids("--temperature", 5, "--seed", 1)
+    assert hot == ids("--temperature", 5, "--seed", 1)
+    assert len({tuple(greedy), tuple(hot), tuple(ids("--temperature", 5, "--seed", 2))}) == 3
+    assert ids("--temperature", 5, "--top-k", 1) == greedy
+    assert ids("--temperature", 5, "--top-p", 0.000001) == greedy
+
+
+def test_prompt_from_standard_input(trillama, tiny_folder, monkeypatch):
+    arguments = ("--model", tiny_folder, "--max-new-tokens", 5, "--json")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one two"))
+    status, piped, _ = trillama("generate", "-", *arguments)
+    assert status == 0
+    assert json.loads(piped)["ids"] == json.loads(trillama("generate", "one two", *arguments)[1])["ids"]
+
+
+def test_no_new_tokens(trillama, tiny_folder):
+    status, out, err = trillama("generate", "a", "--model", tiny_folder, "--max-new-tokens", 0)
+    assert (status, out) == (0, "\n")
+    assert "no new tokens" in err
+
+
+def test_text_that_the_terminal_cannot_show(tiny_folder):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "TRILLAMA_BACKEND": "reference"}
+    arguments = ("generate", "日本", "--model", tiny_folder, "--max-new-tokens", 40, "--temperature", 9, "--seed", 3)
+    done = run(*arguments, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+MISTAKES = {
+    "no such model": (["--model", "/nowhere"], "/nowhere"),
+    "no such hub id": (["--model", "no-one/has-this"], "no-one/has-this"),
+    "temperature": (["--temperature", "-1"], "temperature"),
+    "temperature is a word": (["--temperature", "hot"], "--temperature"),
+    "top-k": (["--top-k", "0"], "top_k"),
+    "top-p": (["--top-p", "1.5"], "top_p"),
+    "too many tokens": (["--max-new-tokens", "100000"], "512"),
+    "a negative number of tokens": (["--max-new-tokens", "-3"], "max_new_tokens"),
+    "unknown device": (["--device", "toaster"], "--device is 'toaster'"),
+    "unknown backend": (["--backend", "magic"], "--backend"),
+    "unknown dtype": (["--dtype", "int3"], "--dtype"),
+    "unknown option": (["--fast"], "--fast"),
+}
+
+
+@pytest.mark.parametrize("how", MISTAKES)
+def test_mistakes(trillama, tiny_folder, monkeypatch, how):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options, words = MISTAKES[how]
+    model = [] if "--model" in options else ["--model", tiny_folder]
+    assert mistake(trillama("generate", "a", *model, *options), words) == ""
+
+
+def test_a_device_that_is_not_here(trillama, tiny_folder):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    mistake(trillama("generate", "a", "--model", tiny_folder, "--device", "cuda"), "--device is 'cuda'")
+
+
+def test_backend_of_the_environment(trillama, tiny_folder, monkeypatch):
+    monkeypatch.setenv("TRILLAMA_BACKEND", "magic")
+    mistake(trillama("generate", "a", "--model", tiny_folder), "magic")
+
+
+def test_empty_prompt(trillama, tiny_folder):
+    mistake(trillama("generate", "", "--model", tiny_folder), "PROMPT is empty")
+
+
+def test_model_without_a_chat_template(trillama, tiny_folder, tmp_path):
+    for file in tiny_folder.iterdir():
+        if "template" not in file.name:
+            os.link(file, tmp_path / file.name)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    mistake(trillama("generate", "a", "--model", tmp_path, "--chat"), "no chat template")
+
+
+def damaged(folder, target, name, change):
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    (target / name).write_bytes(change((target / name).read_bytes()))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.safetensors", lambda data: data[:-100]),
+        ("model.safetensors", lambda data: b""),
+        ("model.safetensors", lambda data: data.replace(b"model.norm.weight", b"model.morn.weight")),
+        ("config.json", lambda data: data[:-10]),
+        ("config.json", lambda data: data.replace(b'"hidden_size": 48', b'"hidden_size": -8')),
+        ("tokenizer.json", lambda data: data[:-10]),
+    ],
+    ids=["cut weights", "no weights", "renamed tensor", "cut config", "negative size", "cut vocabulary"],
+)
+def test_broken_files(trillama, tiny_folder, tmp_path, name, change):
+    folder = damaged(tiny_folder, tmp_path, name, change)
+    assert mistake(trillama("generate", "a", "--model", folder), str(folder)) == ""
+
+
+def test_file_that_is_no_gguf(trillama, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"nonsense")
+    mistake(trillama("generate", "a", "--model", tmp_path / "x.gguf"), "expected b'GGUF'")
+
+
+# --- the frame -------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_leave_no_traceback():
+    for arguments in ([], ["dance"], ["generate"], ["generate", "a", "--model", "/nowhere"]):
+        done = run(*arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("trillama: error: ")
+        assert done.stderr.count("\n") == 1
+        assert done.stdout == ""
+
+
+def test_help_is_quick_and_loads_nothing():
+    code = (
+        "import sys\nfrom trillama.model.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'numpy', 'tokenizers', 'triton', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    for command in ("generate", "doctor", "bench", "xray"):
+        assert f"\n    {command} " in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_version(trillama):
+    status, out, _ = trillama("--version")
+    assert status == 0
+    assert re.fullmatch(r"trillama \d+\.\d+\.\d+\n", out)
+
+
+def test_help_of_generate_names_every_option(trillama):
+    _, out, _ = trillama("generate", "--help")
+    for option in ("PROMPT", "--model", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--chat", "--backend",
+                   "--dtype", "--device", "--no-cache", "--json"):  # fmt: skip
+        assert option in out
+
+
+@pytest.mark.parametrize("command", ["bench", "xray"])
+def test_commands_that_live_elsewhere_get_their_arguments(trillama, monkeypatch, command):
+    import types
+
+    module, _ = cli.ELSEWHERE[command]
+    seen = []
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(main=lambda argv: seen.append(argv)))
+    assert trillama(command, "--json", "x", "--help")[0] == 0
+    assert seen == [["--json", "x", "--help"]]
+
+
+@pytest.mark.parametrize("error", [ValueError("first\nsecond"), OSError("first"), RuntimeError("first"), MemoryError("first")])
+def test_errors_of_commands_are_one_line(trillama, monkeypatch, error):
+    import types
+
+    def fail(argv):
+        raise error
+
+    monkeypatch.setitem(sys.modules, cli.ELSEWHERE["bench"][0], types.SimpleNamespace(main=fail))
+    assert trillama("bench") == (2, "", "trillama: error: first\n")
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    import types
+
+    def fail(argv):
+        raise KeyError("a bug")
+
+    monkeypatch.setitem(sys.modules, cli.ELSEWHERE["bench"][0], types.SimpleNamespace(main=fail))
+    with pytest.raises(KeyError):
+        cli.main(["bench"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_text_comes_as_it_is_generated_and_an_interrupt_is_quiet(tiny_folder):
+    command = [*TRILLAMA, "generate", "a", "--model", str(tiny_folder), "--max-new-tokens", "500", "--temperature", "1"]
+    environment = {**os.environ, "TRILLAMA_BACKEND": "reference"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        process.stdout.read(1)  # it is generating
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+def test_closed_pipe_is_quiet(tiny_folder):
+    command = [*TRILLAMA, "generate", "a", "--model", str(tiny_folder), "--max-new-tokens", "400", "--temperature", "1"]
+    environment = {**os.environ, "TRILLAMA_BACKEND": "reference"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read().decode()
+        assert process.wait(timeout=60) == 141
+    assert "Traceback" not in err
+    assert "BrokenPipe" not in err
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor(trillama):
+    torch = pytest.importorskip("torch")
+    from trillama.kernels import reference
+
+    status, out, err = trillama("doctor")
+    assert (status, err) == (0, "")
+    for words in (f"torch {torch.__version__.split('+')[0]}", "python", "cache", "backend    reference", "transformers", "cpu        reference"):
+        assert words in out
+    for op in set(reference.__all__) - {"rope_tables"}:
+        assert re.search(rf"^ +{op} +reference$", out, re.MULTILINE), op
+    if not torch.cuda.is_available():
+        assert re.search(r"^gpu +none", out, re.MULTILINE)
+
+
+def test_doctor_says_why(trillama, monkeypatch):
+    dispatch = pytest.importorskip("trillama.kernels.dispatch")
+    torch = pytest.importorskip("torch")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setenv("TRILLAMA_BACKEND", "auto")
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device: "Triton is not installed")
+    assert cli._choice(dispatch, gpu) == ("reference", "Triton is not installed")
+    assert "Triton is not installed" in trillama("doctor")[1]
+    monkeypatch.setenv("TRILLAMA_BACKEND", "triton")
+    assert cli._choice(dispatch, cpu) == ("an error", "the backend triton was asked for, but Triton is not installed")
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device: None)
+    assert cli._choice(dispatch, cpu) == ("triton", "it was asked for")
+    monkeypatch.setenv("TRILLAMA_BACKEND", "auto")
+    assert cli._choice(dispatch, gpu) == ("triton", "a GPU")
+    assert cli._choice(dispatch, cpu)[0] == "reference"
+
+
+# --- the default model -----------------------------------------------------------------------------------------------
+
+
+def test_the_capital_of_france(smollm2_path, monkeypatch):
+    """What the README promises, in a process of its own, with the preset out of the cache."""
+    done = run("generate", "The capital of France is", "--max-new-tokens", 8, env={**os.environ, "TRILLAMA_BACKEND": "reference"})
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert "fetching" not in done.stderr
