@@ -754,6 +754,56 @@ def test_meta_shards_that_do_not_belong_together(tmp_path):
     refused(tmp_path, "consolidated.02.pth", "expected all")
 
 
+# --- the model of every format ---------------------------------------------------------------------------------------
+
+
+def assert_same_logits(source, twin):
+    from trillama.kernels import use_backend
+    from trillama.model import Llama
+
+    ids = torch.randint(0, 96, (2, 21), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), use_backend("reference"):
+        ours, theirs = Llama.from_pretrained(source, device="cpu", dtype=torch.float32)(ids), twin(ids).logits
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+LLAMA_3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {}), ("llama", {"tie_word_embeddings": True}), ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"head_dim": 32}), ("llama", {"num_key_value_heads": 1}), ("qwen2", {}), ("qwen3", {"head_dim": 32}),
+        ("phi3", {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_logits_from_gguf(tmp_path, family, fields):
+    model = make(family, **fields)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0)
+    write_gguf(tmp_path / "x.gguf", model)
+    assert_same_logits(tmp_path / "x.gguf", model)
+
+
+@pytest.mark.parametrize(("ranks", "axis"), [(1, 0), (2, 0), (2, 1), (4, 0)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_logits_from_meta(tmp_path, ranks, axis, scaled):
+    model = make(rope_parameters=LLAMA_3_ROPE, num_key_value_heads=4) if scaled else make(num_key_value_heads=4)
+    write_meta(tmp_path, model, ranks, axis, use_scaled_rope=scaled)
+    assert_same_logits(tmp_path, model)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "60KB"])
+def test_logits_from_hugging_face(tmp_path, shard):
+    model = make()
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert_same_logits(tmp_path, model)
+
+
 # --- memory, time and luck -------------------------------------------------------------------------------------------
 
 COPY = """

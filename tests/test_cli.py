@@ -311,7 +311,8 @@ def test_doctor(trillama):
 
     status, out, err = trillama("doctor")
     assert (status, err) == (0, "")
-    for words in (f"torch {torch.__version__.split('+')[0]}", "python", "cache", "backend    reference", "transformers", "cpu        reference"):
+    version = torch.__version__.split("+")[0]
+    for words in (f"torch {version}", "python", "cache", "backend    reference", "transformers", "cpu        reference"):
         assert words in out
     for op in set(reference.__all__) - {"rope_tables"}:
         assert re.search(rf"^ +{op} +reference$", out, re.MULTILINE), op
