@@ -1,0 +1,171 @@
+"""The main job on real weights: SmolLM2-135M-Instruct beside transformers' model of the same numbers.
+
+The oracle is built from the GGUF by hand (names, and the rows of q and k that GGUF has permuted), not by this project's loader.
+"""
+
+import re
+
+import numpy
+import oracle
+import pytest
+import torch
+from trillama.kernels import use_backend
+from trillama.model import KVCache, Llama, Tokenizer, generate
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.host
+
+NEW = 40
+PROMPTS = {
+    "one token": "The",
+    "a fact": "The capital of France is",
+    "a story": "Once upon a time, in a village by the sea, there lived an old clockmaker who",
+    "a list": "My shopping list:\n1. apples\n2. bread\n3.",
+    "arithmetic": "12 + 30 = 42\n7 + 8 = 15\n100 + 23 =",
+    "code": "def fibonacci(n):\n    \"\"\"Return the n-th Fibonacci number.\"\"\"\n    if n < 2:\n        return n\n",
+    "json": '{"name": "Ada", "born": 1815, "fields": ["mathematics", "',
+    "french": "Il était une fois une petite fille qui habitait près de la forêt et",
+    "chinese": "人工智能是计算机科学的一个分支，",
+    "russian": "В начале было слово, и слово",
+    "arabic": "كان يا ما كان في قديم الزمان",
+    "emoji": "I love pizza 🍕🍕 and ice cream 🍨! My favourite",
+    "spaces": "a\tb\n\n\n   c    d",
+}
+LONG = "The lighthouse keeper wrote one line in the log each night, and the sea answered in its own hand. " * 45
+CHAT = [{"role": "user", "content": "Name three primary colours."}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_gguf):
+    return Tokenizer.from_pretrained(smollm2_gguf)
+
+
+@pytest.fixture(scope="module")
+def model(smollm2_gguf):
+    return Llama.from_pretrained(smollm2_gguf, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def theirs(smollm2_gguf):
+    """transformers' Llama with the weights of the GGUF."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000.0, tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    names = {
+        "token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    state = {}
+    for tensor in GGUFReader(smollm2_gguf).tensors:
+        data = dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32)
+        layer, leaf = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name).groups()
+        if leaf in ("attn_q", "attn_k"):
+            rows, width = data.shape
+            data = data.reshape(rows // 64, 32, 2, width).swapaxes(1, 2).reshape(rows, width)
+        prefix = "" if layer is None else f"model.layers.{layer}."
+        state[f"{prefix}{names[leaf]}.weight"] = torch.from_numpy(numpy.ascontiguousarray(data))
+    twin = transformers.LlamaForCausalLM(config)
+    missing, unexpected = twin.load_state_dict(state, strict=False)
+    assert missing == ["lm_head.weight"]
+    assert not unexpected
+    twin.tie_weights()
+    return twin.eval()
+
+
+def encode(tokenizer, name):
+    if name == "chat":
+        return tokenizer.apply_chat_template(CHAT)
+    return tokenizer.encode(LONG if name == "long" else PROMPTS[name])
+
+
+@pytest.fixture(scope="module")
+def continued(model, tokenizer):
+    """Our greedy continuations of all prompts: the short ones in one batch of unequal lengths, the long one alone."""
+    short = [*PROMPTS, "chat"]
+    ids = [encode(tokenizer, name) for name in short]
+    new = generate(model, ids, max_new_tokens=NEW, eos=[])
+    long = encode(tokenizer, "long")
+    assert len(long) > 850
+    continuations = {name: (row, n.tolist()) for name, row, n in zip(short, ids, new)}
+    continuations["long"] = (long, generate(model, [long], max_new_tokens=NEW, eos=[])[0].tolist())
+    return continuations
+
+
+@pytest.mark.parametrize("name", [*PROMPTS, "chat", "long"])
+def test_greedy_tokens_and_logits_are_transformers(name, continued, model, theirs):
+    """Where transformers' largest logit after every prefix is the token we chose, its greedy decoding is ours, token for token."""
+    prompt, new = continued[name]
+    ids = torch.tensor([prompt + new])
+    with torch.inference_mode():
+        logits = theirs(ids).logits[0, len(prompt) - 1 :]
+        ours = model(ids)[0, len(prompt) - 1 :]
+    assert logits[:-1].argmax(-1).tolist() == new
+    assert oracle.error(ours, logits) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["a fact", "code"])
+def test_greedy_tokens_are_those_of_transformers_generate(name, continued, theirs):
+    prompt, new = continued[name]
+    ids = torch.tensor([prompt])
+    out = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert out[0, len(prompt) :].tolist() == new
+
+
+def test_knows_the_capital_of_france(continued, tokenizer):
+    assert "Paris" in tokenizer.decode(continued["a fact"][1])
+
+
+def test_cache_and_no_cache_agree(model, continued):
+    prompt, new = continued["a fact"]
+    assert generate(model, [prompt], max_new_tokens=8, eos=[], use_cache=False)[0].tolist() == new[:8]
+
+
+def test_triton_agrees_with_the_reference(model, tokenizer, triton):
+    """A prefill and three decode steps of the whole model through the Triton kernels."""
+    ids = torch.tensor([encode(tokenizer, "a fact")])
+    steps = [ids, *torch.tensor([[7042], [28], [284]]).split(1)]
+
+    def run():
+        cache = KVCache(model.config, 1, 64)
+        with torch.inference_mode():
+            return [model(step, cache) for step in steps]
+
+    ours = run()
+    ran = {*triton.names}
+    assert len(triton.names) >= 4 * 30 * 5
+    with use_backend("reference"):
+        expected = run()
+    for a, b in zip(ours, expected):
+        assert oracle.error(a, b) < 1e-5
+    for part in ("rms_norm", "rope", "swiglu", "decode", "forward"):
+        assert any(part in name for name in ran), f"no kernel called like {part} among {ran}"
+
+
+def test_bfloat16_is_close(smollm2_gguf, model, tokenizer):
+    """bfloat16 does not keep float32's greedy tokens; its logits stay near."""
+    ids = torch.tensor([encode(tokenizer, "a story")])
+    half = Llama.from_pretrained(smollm2_gguf, device="cpu", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert oracle.error(half(ids), model(ids)) < 0.05
+
+
+def test_perplexity(model, tokenizer):
+    """The weights are read as they were meant: a wrong order of rows or a wrong theta shows here."""
+    text = (
+        "The Moon is Earth's only natural satellite. It orbits at an average distance of 384,400 kilometres, about thirty times "
+        "the diameter of the Earth. Its gravity causes the tides of the oceans, and over millions of years it has slowed the "
+        "rotation of our planet. The first people to walk on its surface were Neil Armstrong and Buzz Aldrin in July 1969."
+    )
+    ids = torch.tensor([tokenizer.encode(text)])
+    with torch.inference_mode():
+        loss = torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:])
+    assert 3 < loss.exp() < 9
