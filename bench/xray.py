@@ -180,6 +180,8 @@ def read_loop(loop, sm, warps):
         "instructions": len(loop),
         "mix": sass.mix(loop),
         "cycles": {pipe: round(c, 1) for pipe, c in cycles.items()},
+        "loads": sass.widths(loop, sass.LOADS),
+        "stores": sass.widths(loop, sass.STORES),
         "flops": flops,
         "bytes": sum(x.bits // 8 * 32 for x in loop if x.opcode in sass.LOADS + sass.STORES and x.opcode[0] != "U"),
         "no_overlap": round(peak / (cycles["tensor"] + cycles["issue"]), 3) if flops else None,
@@ -322,9 +324,11 @@ class Workers:
         what = job["what"]
         process = getattr(self.own, what, None) or self._start(what)
         setattr(self.own, what, process)
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
         if line:
             return json.loads(line)
         setattr(self.own, what, None)
@@ -332,7 +336,8 @@ class Workers:
 
     def close(self):
         for process in self.all:
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             process.wait()
             process.stdout.close()
 
@@ -466,8 +471,8 @@ LEGEND = (
     "spills: instructions on local memory (stack). shared: a program's, of what it may have. occupancy: warps, and their limit.",
     "loads, stores: widths in bits of all accesses to global memory. issue: share of issue slots needed at full memory bandwidth.",
     "Loop: instructions of one warp by pipe; cycles of a multiprocessor for one program and iteration; ceilings: fraction of the",
-    "tensor cores' peak if nothing overlaps with them and if everything does. memory: counted from the kernels' own accesses, every",
-    "32-byte sector once a launch.",
+    "tensor cores' peak if nothing overlaps with them and if everything does.",
+    "memory: counted from the kernels' own accesses, every 32-byte sector once a launch.",
 )
 
 
