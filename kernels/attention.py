@@ -8,13 +8,16 @@ A query at position p sees the keys p - left .. p + right; the last query meets 
 position i + T - S. Packed sequences are the same kernel with one more offset: a batch of one, cut by `cu_seqlens`.
 """
 
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Optional
 
 import torch
 
 from . import reference, tuning
-from .dispatch import WIDEN, architecture, call, cdiv, check, check_same, jit, launch, next_power_of_2, register, tl, uses_triton
+from .dispatch import (
+    WIDEN, architecture, call, cdiv, check, check_same, jit, launch, next_power_of_2, register, scratch, tl, uses_triton,
+)  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -64,47 +67,58 @@ def _sequence(starts_ptr, batch, length):
 
 
 @jit
-def _load(ptr, start, rows, stride, stride_d, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr):
-    """Rows start .. start + ROWS of a [rows, D] matrix, zero beyond its edges; BOUNDED: the tile may cross the last row."""
-    row = tl.arange(0, ROWS)[:, None]
-    col = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = ptr + start * tl.cast(stride, tl.int64) + row.to(tl.int64) * stride + col.to(tl.int64) * stride_d
-    if BOUNDED and BLOCK_D > D:
-        return tl.load(ptrs, (start + row < rows) & (col < D), other=0.0)
-    elif BOUNDED:
-        return tl.load(ptrs, start + row < rows, other=0.0)
-    elif BLOCK_D > D:
-        return tl.load(ptrs, col < D, other=0.0)
+def _matrix(
+    ptr, rows, strides, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr
+):  # fmt: skip
+    """The matrix [rows, D] at `ptr` as `_tile` reads it: a tensor descriptor, or the pointer itself."""
+    if DESCRIPTORS:
+        return tl.make_tensor_descriptor(ptr, [rows, D], [strides[2], 1], [ROWS, BLOCK_D])
     else:
-        return tl.load(ptrs)
+        return ptr
 
 
 @jit
-def _seen(query, key, T, left, right):
-    """Which keys (a row of the tile) the queries at the positions `query` (a column) see."""
-    seen = key < T
-    if right is not None:
-        seen = seen & (key <= query + right)
-    if left is not None:
-        seen = seen & (key >= query - left)
-    return seen
+def _tile(
+    matrix, start, rows, strides, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Rows start .. start + ROWS of a matrix [rows, D], zero beyond its edges; BOUNDED: the tile may cross the last row."""
+    if DESCRIPTORS:
+        return matrix.load([start, 0])
+    else:
+        row = tl.arange(0, ROWS)[:, None]
+        col = tl.arange(0, BLOCK_D)[None, :]
+        ptrs = matrix + start * tl.cast(strides[2], tl.int64) + row.to(tl.int64) * strides[2] + col.to(tl.int64) * strides[3]
+        if BOUNDED and BLOCK_D > D:
+            return tl.load(ptrs, (row < rows - start) & (col < D), other=0.0)
+        elif BOUNDED:
+            return tl.load(ptrs, row < rows - start, other=0.0)
+        elif BLOCK_D > D:
+            return tl.load(ptrs, col < D, other=0.0)
+        else:
+            return tl.load(ptrs)
 
 
 @jit
 def _forward_steps(
-    q, acc, total, top, k_ptr, v_ptr, start, stop, query, T, left, right, scale, softcap, k_strides, v_strides,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    q, acc, total, top, k, v, start, stop, T, left_edge, right_edge, scale, softcap, k_strides, v_strides,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Walks the keys start .. stop: (acc, total, top) are the weighted values, the weights' sum and the largest score (base 2)."""
     for n in range(start, stop, BLOCK_N):
-        k = _load(k_ptr, n, T, k_strides[2], k_strides[3], BLOCK_N, D, BLOCK_D, MASKED)
-        s = _dot(q, k.T, None, PRECISION)
+        k_tile = _tile(k, n, T, k_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS, MASKED)
+        s = _dot(q, k_tile.T, None, PRECISION)
         if softcap is not None:
             s = _tanh(s * scale) * softcap
         elif MASKED:
             s = s * scale
         if MASKED:
-            s = tl.where(_seen(query[:, None], n + tl.arange(0, BLOCK_N)[None, :], T, left, right), s, float("-inf"))
+            key = tl.arange(0, BLOCK_N)[None, :]
+            seen = key < (right_edge - n)[:, None]
+            if left_edge is not None:
+                seen = seen & (key >= (left_edge - n)[:, None])
+            s = tl.where(seen, s, float("-inf"))
         if MASKED or softcap is not None:
             higher = tl.maximum(top, tl.max(s, 1))
             # A row that has seen nothing so far is at -inf, and -inf - -inf is NaN.
@@ -115,8 +129,8 @@ def _forward_steps(
             shift = higher
             p = tl.exp2(s * scale - shift[:, None])
         alpha = tl.exp2(top - shift)
-        v = _load(v_ptr, n, T, v_strides[2], v_strides[3], BLOCK_N, D, BLOCK_D, MASKED)
-        acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
+        v_tile = _tile(v, n, T, v_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS, MASKED)
+        acc = _dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], PRECISION)
         total = total * alpha + tl.sum(p, 1)
         top = higher
     return acc, total, top
@@ -127,7 +141,7 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr, scale, softcap, left, right, S, T, heads, section,
     lse_stride, q_strides, k_strides, v_strides, out_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one head against all keys it sees. Reads the queries once and writes the output once; keys
     and values come once a tile, mostly from L2. The accumulator and the statistics stay in registers."""
@@ -142,19 +156,18 @@ def _forward_kernel(
     q_ptr += batch * q_strides[0] + head * q_strides[1] + start_q * q_strides[2]
     k_ptr += batch * k_strides[0] + kv_head * k_strides[1] + start_k * k_strides[2]
     v_ptr += batch * v_strides[0] + kv_head * v_strides[1] + start_k * v_strides[2]
-    out_ptr += batch * out_strides[0] + head * out_strides[1] + start_q * out_strides[2]
 
     # Tiles low .. a cross the left edge of some row's span, a .. b are seen whole by every row, b .. high cross the right edge.
     first, last = m + T - S, tl.minimum(m + BLOCK_M, S) - 1 + T - S
     low, high, b = 0, T, T // BLOCK_N * BLOCK_N
     if right is not None:
-        high = tl.maximum(tl.minimum(T, last + right + 1), 0)
+        high = tl.minimum(T, tl.maximum(last + right + 1, 0))
         b = tl.minimum(b, tl.maximum(first + right + 1, 0) // BLOCK_N * BLOCK_N)
     a = low
     if left is not None:
         low = tl.maximum(first - left, 0) // BLOCK_N * BLOCK_N
         a = tl.minimum(tl.cdiv(tl.maximum(last - left, 0), BLOCK_N), tl.cdiv(high, BLOCK_N)) * BLOCK_N
-    b = tl.maximum(a, b)
+        b = tl.maximum(a, b)
 
     if softcap is None:
         scale = tl.cast(scale, tl.float32) * LOG2E
@@ -162,28 +175,34 @@ def _forward_kernel(
         scale = tl.cast(scale, tl.float32) / tl.cast(softcap, tl.float32)
         softcap = tl.cast(softcap, tl.float32) * LOG2E
     query = first + tl.arange(0, BLOCK_M)
-    q = _load(q_ptr, m, S, q_strides[2], q_strides[3], BLOCK_M, D, BLOCK_D, True)
+    left_edge = None if left is None else query - left
+    right_edge = query * 0 + T if right is None else tl.minimum(T, query + right + 1)
+    q_ptr += m * tl.cast(q_strides[2], tl.int64)
+    q = _tile(q_ptr, 0, S - m, q_strides, BLOCK_M, D, BLOCK_D, False, True)
+    k = _matrix(k_ptr, T, k_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
+    v = _matrix(v_ptr, T, v_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if left is not None:
         acc, total, top = _forward_steps(
-            q, acc, total, top, k_ptr, v_ptr, low, a, query, T, left, right, scale, softcap, k_strides, v_strides,
-            D, BLOCK_D, BLOCK_N, PRECISION, True,
+            q, acc, total, top, k, v, low, a, T, left_edge, right_edge, scale, softcap, k_strides, v_strides,
+            D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True,
         )  # fmt: skip
     acc, total, top = _forward_steps(
-        q, acc, total, top, k_ptr, v_ptr, a, b, query, T, left, right, scale, softcap, k_strides, v_strides,
-        D, BLOCK_D, BLOCK_N, PRECISION, False,
+        q, acc, total, top, k, v, a, b, T, left_edge, right_edge, scale, softcap, k_strides, v_strides,
+        D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, False,
     )  # fmt: skip
     acc, total, top = _forward_steps(
-        q, acc, total, top, k_ptr, v_ptr, b, high, query, T, left, right, scale, softcap, k_strides, v_strides,
-        D, BLOCK_D, BLOCK_N, PRECISION, True,
+        q, acc, total, top, k, v, b, high, T, left_edge, right_edge, scale, softcap, k_strides, v_strides,
+        D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True,
     )  # fmt: skip
 
     row = m + tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_D)
+    out_ptr += batch * out_strides[0] + head * out_strides[1] + start_q * out_strides[2]
     total = tl.where(total == 0.0, 1.0, total)  # a row that saw nothing: 0 / 1, and -inf + log2(1)
-    acc = acc / total[:, None]
+    acc = acc * (1.0 / total)[:, None]
     out_ptrs = out_ptr + row.to(tl.int64)[:, None] * out_strides[2] + col[None, :] * out_strides[3]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), (row < S)[:, None] & (col < D)[None, :])
     if lse_ptr is not None:
@@ -209,6 +228,11 @@ def _section(q, k, heads, group):
     return max(1, min(heads, tuning.l2_bytes(architecture(q)) // max(1, 2 * k[0, 0].numel() * k.element_size()) * group))
 
 
+def _describable(x):
+    """Whether the matrices of x [B, H, S, D] can be read through tensor descriptors: rows contiguous and 16-byte aligned."""
+    return x.stride(3) == 1 and not any(n * x.element_size() % 16 for n in (*x.stride()[:3], x.data_ptr() // x.element_size()))
+
+
 def _forward(q, k, v, starts_q, starts_k, longest_q, scale, softcap, left, right, need_lse):
     """(out [B, Hq, S, D], in memory [B, S, Hq, D]; lse [B, Hq, S] or empty). Packed sequences: B is 1, `starts` cut S and T."""
     out, lse = _outputs(q, need_lse)
@@ -218,15 +242,17 @@ def _forward(q, k, v, starts_q, starts_k, longest_q, scale, softcap, left, right
     Hk, T = k.shape[1:3]
     tile = tuning.attention(architecture(q), D, q.element_size())
     heads = Hq * (B if starts_q is None else len(starts_q) - 1)
-    launch(
-        _forward_kernel,
-        (cdiv(longest_q, tile.block_m) * heads,),
-        q, k, v, out, lse if need_lse else None, starts_q, starts_k, scale, softcap, left, right,
-        longest_q, T, heads, _section(q, k, heads, Hq // Hk) if heads else 1, S,
-        *(_strides(t, starts_q) for t in (q, k, v, out)),
-        HEADS=Hq, GROUP=Hq // Hk, D=D, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=max(16, next_power_of_2(D)),
-        PRECISION=_precision(q), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    descriptors = tile.descriptors and _describable(k) and _describable(v)
+    with scratch(q) if descriptors else nullcontext():
+        launch(
+            _forward_kernel,
+            (cdiv(longest_q, tile.block_m) * heads,),
+            q, k, v, out, lse if need_lse else None, starts_q, starts_k, scale, softcap, left, right,
+            longest_q, T, heads, _section(q, k, heads, Hq // Hk) if heads else 1, S,
+            *(_strides(t, starts_q) for t in (q, k, v, out)),
+            HEADS=Hq, GROUP=Hq // Hk, D=D, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=max(16, next_power_of_2(D)),
+            PRECISION=_precision(q), DESCRIPTORS=descriptors, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        )  # fmt: skip
     return out, lse
 
 

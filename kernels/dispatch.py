@@ -165,6 +165,21 @@ def launch(kernel, grid, *arguments, **options):
         kernel[grid](*arguments, **options)
 
 
+@contextlib.contextmanager
+def scratch(x):
+    """Kernels that build tensor descriptors need memory for them: within the block Triton gets it from torch, on the device of x.
+    An allocator that the user has set stays in force."""
+    allocator = triton.runtime._allocation._allocator
+    if not isinstance(allocator.get(), triton.runtime._allocation.NullAllocator):
+        yield
+        return
+    token = allocator.set(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device))
+    try:
+        yield
+    finally:
+        allocator.reset(token)
+
+
 def cdiv(a, b):
     return -(-a // b)
 

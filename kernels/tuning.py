@@ -106,12 +106,14 @@ def decode(arch, head_dim, itemsize, rows):
 
 @dataclass(frozen=True)
 class Attention:
-    """A tile of block_m queries that walks the keys block_n at a time, `stages` tiles of keys and values in flight."""
+    """A tile of block_m queries that walks the keys block_n at a time, `stages` tiles of keys and values in flight, read through
+    tensor descriptors or pointers."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    descriptors: bool = False
 
 
 def attention(arch, head_dim, itemsize):
@@ -119,12 +121,35 @@ def attention(arch, head_dim, itemsize):
     if itemsize == 4:
         return Attention(64, 32, 4, 2) if head_dim <= 64 else Attention(32, 32, 4, 2)
     if head_dim <= 64:
-        return Attention(128, 64, 4, 3)
+        return Attention(128, 64, 4, 3, arch >= 90)
     if head_dim <= 128:
-        return Attention(128, 64, 8, 3 if arch in (80, 90, 100) else 2)
-    return Attention(64, 32, 4, 2)
+        return Attention(128, 128, 8, 2, True) if arch in (90, 100) else Attention(128, 64, 8, 2, arch >= 90)
+    return Attention(64, 32, 4, 2, arch >= 90)
 
 
 def l2_bytes(arch):
     """The part of the L2 cache that keys and values may fill."""
     return {80: 24, 86: 4, 89: 48, 90: 32, 100: 64, 120: 64}.get(arch, 4) * 2**20
+
+
+@dataclass(frozen=True)
+class Linear:
+    """block_n rows of a weight at a time, `slices` times block_k columns of them; `stages` such tiles in flight."""
+
+    block_n: int
+    block_k: int
+    slices: int
+    warps: int
+    stages: int
+
+
+def linear(arch, columns, itemsize, swiglu, rows):
+    """`columns` of the weight, `rows` of x.
+
+    16 rows, the least a tensor core takes, make the most programs. Each of the four warps takes its own slice of the columns. A
+    tile has 1 KiB of a row where the row is long enough: whole DRAM bursts, and three tiles in flight are 48 KiB a program, more
+    than a multiprocessor's share of the bandwidth-latency product. Short rows take 512 bytes, so that little of the last tile is
+    empty; so do SwiGLU, whose tiles are two, and float32, whose products keep more in registers.
+    """
+    long = columns >= 2048 and itemsize == 2 and not swiglu
+    return Linear(16, (256 if long else 128) // itemsize, 4, 4, 4)
