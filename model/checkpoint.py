@@ -299,8 +299,18 @@ GGUF_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 GGUF_DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 28: torch.float64}
 
 
+def _parts(path, count):
+    """The files of a GGUF that is split, of which `path` is the first."""
+    if count == 1:
+        return [path]
+    match = re.fullmatch(r"(.+)-00001-of-([0-9]{5})\.gguf", path.name)
+    if not match or int(match[2]) != count:
+        raise CheckpointError(f"{path}: is one part of {brief(count)}, expected the first by name: ...-00001-of-{count:05}.gguf")
+    return [path.with_name(f"{match[1]}-{part:05}-of-{match[2]}.gguf") for part in range(1, count + 1)]
+
+
 class GgufFile(Checkpoint):
-    """A .gguf file: the config comes from its metadata, quantised tensors are dequantised to float32 one by one."""
+    """A .gguf file, or the first of several: the config is in its metadata, quantised tensors become float32 one by one."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -309,16 +319,17 @@ class GgufFile(Checkpoint):
         if not isinstance(family, str) or family not in GGUF_FAMILIES:
             known = ", ".join(GGUF_FAMILIES)
             raise CheckpointError(f"{path}: general.architecture is {brief(family)}, expected one of {known}")
-        if self._metadata.get("split.count", 1) != 1:
-            raise CheckpointError(f"{path}: is one part of {brief(self._metadata['split.count'])}, expected a GGUF in one file")
         self._factors = {}
-        for name, info in tensors.items():
-            dtype = GGUF_DTYPES.get(info.type, torch.float32)
-            stored = Stored(path, name, dtype, info.shape, info.offset, info.size, info.type)
-            if name in GGUF_FACTORS:
-                self._factors[name] = stored
-            else:
-                self._stored[_renamed(name, "blk", GGUF_FAMILIES[family])] = stored
+        split = _integer(path, self._metadata, "split.count", 1)
+        for part in _parts(path, split):
+            for name, info in (tensors if part == path else read_gguf(part)[1]).items():
+                dtype = GGUF_DTYPES.get(info.type, torch.float32)
+                table, alias = self._stored, _renamed(name, "blk", GGUF_FAMILIES[family])
+                if name in GGUF_FACTORS:
+                    table, alias = self._factors, name
+                if alias in table:
+                    raise CheckpointError(f"{part}: tensor {brief(name)} is in {table[alias].path} too")
+                table[alias] = Stored(part, name, dtype, info.shape, info.offset, info.size, info.type)
         self.config = self._configure(family)
 
     def _configure(self, family):

@@ -28,8 +28,11 @@ class TensorInfo(NamedTuple):
 
 def read_gguf(path):
     """(metadata, tensors) of a GGUF file: a dict of plain Python values and a dict of TensorInfo."""
-    size = path.stat().st_size
-    cursor = _Cursor(path, size)
+    try:
+        size = path.stat().st_size
+        cursor = _Cursor(path, size)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
     magic = cursor.take(4)
     if magic != b"GGUF":
         raise CheckpointError(f"{path}: begins with {magic!r}, expected b'GGUF'")

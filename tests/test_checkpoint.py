@@ -597,6 +597,8 @@ def test_broken_gguf(tmp_path, how):
     [
         (lambda w: w.add_expert_count(8), "mixtures of experts"),
         (lambda w: w.add_uint32("split.count", 3), "one part of 3"),
+        (lambda w: w.add_uint32("split.count", 0), "split.count is 0"),
+        (lambda w: w.add_string("split.count", "2"), "split.count is '2'"),
         (lambda w: w.add_string("llama.rope.scaling.type", "su"), "scaling.type is 'su'"),
         (lambda w: w.add_uint32("general.alignment", 33), "x.gguf"),
         (lambda w: w.add_value_length(32), "value_length"),
@@ -606,6 +608,39 @@ def test_broken_gguf(tmp_path, how):
 def test_gguf_that_is_not_supported(tmp_path, add, words):
     write_gguf(tmp_path / "x.gguf", make(), extra=[add])
     refused(tmp_path / "x.gguf", words)
+
+
+def split_gguf(folder, model):
+    """The GGUF of a model in three parts, as llama.cpp splits: metadata and some tensors in the first, tensors in the others."""
+    write_gguf(folder / "x.gguf", model)
+    reader = gguf.GGUFReader(folder / "x.gguf")
+    tensors, paths = list(reader.tensors), [folder / f"x-{part:05}-of-00003.gguf" for part in (1, 2, 3)]
+    for number, (path, some) in enumerate(zip(paths, (tensors[:5], tensors[5:12], tensors[12:]))):
+        writer = gguf.GGUFWriter(str(path), "llama")
+        writer.add_uint16("split.count", 3)
+        if number == 0:
+            for key, field in reader.fields.items():
+                if not key.startswith(("GGUF.", "general.architecture")):
+                    writer.add_key_value(key, field.contents(), field.types[0])
+        for tensor in some:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def test_gguf_in_parts(tmp_path):
+    model = make()
+    paths = split_gguf(tmp_path, model)
+    with open_checkpoint(paths[0]) as checkpoint:
+        assert_same(checkpoint, weights(model))
+    refused(paths[1], "one part of 3")
+    paths[2].write_bytes(paths[1].read_bytes())
+    refused(paths[0], paths[2].name, "is in", "too")
+    paths[2].unlink()
+    refused(paths[0], paths[2].name, "No such file")
 
 
 def test_gguf_table_of_the_wrong_length(tmp_path):
