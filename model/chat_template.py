@@ -29,8 +29,9 @@ def render(template, variables):
         raise ValueError(f"the chat template does not come to an end within {SECONDS} seconds") from None
     try:
         reply = json.loads(done.stdout)
-    except ValueError:  # the process was ended by its limits
-        raise ValueError("the chat template needs more memory or time than it is given") from None
+    except ValueError:  # the process was ended by its limits, or it could not even start
+        reason = (done.stderr.strip() or "it needs more memory or time than it is given").splitlines()[-1]
+        raise ValueError(f"the chat template cannot be rendered: {reason}") from None
     if "error" in reply:
         raise ValueError(f"the chat template fails: {reply['error']}")
     return reply["text"]
