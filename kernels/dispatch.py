@@ -236,6 +236,10 @@ def register(name, function, fake, *, mutates=(), backward=None, setup_context=N
     fake: shapes and dtypes of the result. backward(ctx, *gradients) and setup_context(ctx, inputs, output) as in
     `torch.library.register_autograd`.
     """
+    if not __name__.startswith("trillama."):
+        # Where the repository's root is on sys.path, transformers takes this folder for Hugging Face's package `kernels` and
+        # imports it. Registering a second time would make torch free the ops in use.
+        return None
     op = torch.library.custom_op(f"trillama::{name}", function, mutates_args=mutates)
     op.register_fake(fake)
     if backward is not None:
