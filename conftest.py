@@ -12,12 +12,14 @@ Formulas in float64 and the comparison rules are in tests/oracle.py.
 """
 
 import os
+import sys
 
 import pytest
 
-# The tests are many small products: threads cost more than they give, above all beside other work on the same cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if "--benchmark" not in sys.argv:
+    # The tests are many small products: threads cost more than they give, above all beside other work on the same cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
@@ -33,8 +35,20 @@ def pytest_configure(config):
     if not torch.cuda.is_available() and os.environ.get("TRILLAMA_BACKEND") != "triton":
         # Triton decides at import, for its own library too, so this must come before anything imports it.
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    if config.getoption("--benchmark") and not config.args_source.name == "ARGS":
+    if config.getoption("--benchmark") and config.args_source.name != "ARGS":
         config.args[:] = [str(config.rootpath / "bench" / "bench_kernels.py")]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--benchmark") and hasattr(config, "_benchmarksession"):
+        from trillama.bench.bench_kernels import summary
+
+        session = config._benchmarksession
+        session.quiet = True  # its own table would stand behind ours
+        terminalreporter.section("kernel benchmarks")
+        for line in summary(session.benchmarks, config.rootpath / ".benchmarks", config.getoption("--benchmark-plots")):
+            terminalreporter.write_line(line)
 
 
 def modes():

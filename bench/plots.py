@@ -81,3 +81,33 @@ def _share(report):
     source = report["loop"] or report
     per = (report["per_16_bytes"] or 0) / source["instructions"]
     return {pipe: n * per for pipe, n in source["mix"].items()}
+
+
+def speedups(results, folder):
+    """One figure an op: the time of every engine over ours, by model. Returns the files."""
+    files = []
+    for name in dict.fromkeys(r["name"] for r in results):
+        times = {}  # by engine, then by case
+        for r in results:
+            if r["name"] == name:
+                times.setdefault(r["engine"], {})[f"{r['model']}  {r['shape']}"] = r["us"]
+        ours = times.pop("trillama", {})
+        if not ours or not times:
+            continue
+        drawn, subplots = figure((7, 1.2 + 0.5 * len(ours)))
+        ax = subplots()
+        height = 0.8 / len(times)
+        for j, (engine, theirs) in enumerate(times.items()):
+            at = {i: theirs[case] / ours[case] for i, case in enumerate(ours) if case in theirs}
+            ax.barh([i - 0.4 + (j + 0.5) * height for i in at], list(at.values()), height, label=engine)
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.set_yticks(range(len(ours)), list(ours), fontsize=8)
+        ax.invert_yaxis()
+        ax.spines[["top", "right"]].set_visible(False)
+        on_cpu = next(r["device"] for r in results if r["name"] == name) == "cpu"
+        ax.set_xlabel("time / time of trillama" + ("'s reference path, on a CPU" if on_cpu else ""))
+        ax.set_title(name, fontsize=10)
+        ax.legend(fontsize=8, frameon=False)
+        files.append(folder / f"{name.replace(' ', '_')}.png")
+        save(drawn, files[-1])
+    return files

@@ -405,9 +405,12 @@ def survey(cases, architectures=USUAL, fp64_scalars=False, cached=True, progress
 
 
 def moved(cases, cached=True):
-    """`traffic.summary` of every case that runs, in a process with the interpreter."""
+    """`traffic.summary` of every case, made in processes with the interpreter; or a report with an "error"."""
     jobs = [{"what": "traffic", "case": dataclasses.asdict(case)} for case in cases]
-    return [report for answer in answers(jobs, cached) for report in answer.get("reports", ())]
+    reports = []
+    for case, answer in zip(cases, answers(jobs, cached)):
+        reports += answer.get("reports") or [{**identity(case, "memory"), "error": answer["error"]}]
+    return reports
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
@@ -455,12 +458,13 @@ def text(reports, traffic=()):
         header = ("hottest loop", "", "", "instr", *sass.PIPES, "cycles: tensor", "issue", "busiest", "ceiling: none", "perfect")
         if rows:
             lines += ["", *(f"  {line}" for line in table(header, rows, left=3))]
-        lines += [f"  {r['case']}  {r['arch']}: {r['error']}" for r in group if "error" in r]
+        counted = [t for t in traffic if (t["op"], t["dtype"]) == (op, dtype)]
+        lines += [f"  {r['case']}  {r['arch']}: {r['error']}" for r in (*group, *counted) if "error" in r]
         lines += [
             f"  memory, {t['case']}, {t['shape']}: {t['hbm']:,} bytes, {t['hbm'] / t['least']:.3f} of the least; "
             f"{t['requested'] / t['least']:.2f} asked of the caches"
-            for t in traffic
-            if (t["op"], t["dtype"]) == (op, dtype)
+            for t in counted
+            if "error" not in t
         ]
         lines.append("")
     return "\n".join([*lines, *LEGEND])

@@ -1,0 +1,188 @@
+"""The kernel benchmarks, run by `pytest --benchmark`: every op, forward and backward, on the shapes of named models, beside PyTorch
+eager, torch.compile, SDPA and, where they are installed, Liger and flash-attention.
+
+On a GPU the time is the device's, by CUDA events and by the replay of a CUDA graph; both go through as many copies of the
+arguments as overflow the L2 cache, so that each call finds its data in HBM, as in a model. On a CPU the same table shows the
+reference path at smaller shapes, and what only a GPU can tell says so. The first call, which compiles, is timed apart.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from trillama.bench import plots
+from trillama.bench.cases import OPS, Case, available, case
+from trillama.bench.peers import ENGINES, engine, why_not
+from trillama.bench.roofline import GPUS, bound
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU_ONLY = "needs a GPU"
+MODELS = {
+    "cuda": ("SmolLM2-135M", "Llama-3.2-1B", "Phi-3-mini", "Qwen2.5-7B", "Llama-3.1-8B", "Llama-3.1-70B/8"),
+    "cpu": ("SmolLM2-135M", "Llama-3.2-1B", "Llama-3.1-8B"),
+}
+COMPILED_ON_CPU = "Llama-3.2-1B"  # torch.compile takes many seconds a shape there
+
+
+def cases():
+    """What is measured on this machine."""
+    for op in available():
+        attention = "attention" in op
+        for backward in (False, True) if OPS[op].differentiable else (False,):
+            for model in MODELS[DEVICE]:
+                if DEVICE == "cuda":
+                    yield case(op, model, backward=backward)
+                    if OPS[op].phase == "decode":
+                        yield case(op, model, batch=64)
+                else:
+                    small = {"context": 1024} if OPS[op].phase == "decode" else {"tokens": 256 if attention else 64}
+                    yield case(op, model, dtype="fp32", backward=backward, **small)
+
+
+def reason(c, name):
+    """None if the engine is measured on the case here, "" if it has no such op, else why it is not."""
+    if name == "compile" and DEVICE == "cpu" and (c.model != COMPILED_ON_CPU or c.backward):
+        return GPU_ONLY if c.backward else f"{COMPILED_ON_CPU} only"
+    return why_not(c.op, name, DEVICE)
+
+
+def entries():
+    return [
+        pytest.param(c, name, id=f"{c.name}-{c.model}-{c.batch}-{name}".replace(" ", "_"))
+        for c in cases()
+        for name in ENGINES
+        if reason(c, name) is None
+    ]
+
+
+@pytest.mark.benchmark(warmup=False, min_rounds=3, max_time=0.15)
+@pytest.mark.parametrize(("c", "name"), entries())
+def test_kernel(benchmark, c, name):
+    benchmark.group = f"{c.name} {c.label}, {c.shape}, {c.dtype}"
+    benchmark.extra_info |= dataclasses.asdict(c)
+    benchmark.extra_info |= {"name": c.name, "label": c.label, "shape": c.shape, "engine": name, "device": DEVICE}
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    run = c.prepare(c.inputs(DEVICE), engine(c.op, name))
+    run()
+    synchronize()
+    benchmark.extra_info["first_call_s"] = time.perf_counter() - start
+
+    def host():
+        run()
+        synchronize()
+
+    benchmark(host)
+    seconds = benchmark.stats.stats.median
+    if DEVICE == "cuda":
+        events, graph = device_seconds(c, engine(c.op, name))
+        benchmark.extra_info |= {"events_us": events * 1e6, "graph_us": graph and graph * 1e6}
+        seconds = graph or events
+    benchmark.extra_info |= rates(c, seconds)
+
+
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def rates(c, seconds):
+    """What the time means: GB/s of the least bytes, TFLOP/s, and on a known GPU the fraction of its bound."""
+    gpu = None
+    if DEVICE == "cuda":
+        name = torch.cuda.get_device_name()
+        gpu = next((g for g in GPUS if g in name), None)
+    return {
+        "us": seconds * 1e6,
+        "gb_s": c.moved / seconds / 1e9,
+        "tflop_s": c.flops / seconds / 1e12,
+        "flops_bound": c.flops > 100 * c.moved,  # more than a hundred FLOP a byte: no datasheet has memory as the bound there
+        "of_bound": bound(gpu, c.moved, c.flops, c.itemsize) / seconds if gpu else None,
+    }
+
+
+# --- the device's own time ---------------------------------------------------------------------------------------------
+
+
+def device_seconds(c, function, repeats=20):
+    """(median by events, mean by graph replay or None) of one call, its data in HBM."""
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    copies = max(2, min(64, -(-4 * l2 // max(1, c.moved))))
+    runs = [c.prepare(c.inputs(DEVICE), function) for _ in range(copies)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+    torch.cuda.synchronize()
+
+    times = []
+    for _ in range(repeats):
+        for run in runs:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            stop.record()
+            times.append((start, stop))
+    torch.cuda.synchronize()
+    events = statistics.median(a.elapsed_time(b) for a, b in times) / 1e3
+
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = [run() for run in runs]
+    except Exception:  # an engine whose host code waits for the device cannot be captured
+        torch.cuda.synchronize()
+        return events, None
+    graph.replay()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        graph.replay()
+    stop.record()
+    torch.cuda.synchronize()
+    del kept
+    return events, start.elapsed_time(stop) / 1e3 / repeats / copies
+
+
+# --- the end of the run ------------------------------------------------------------------------------------------------
+
+
+def summary(benchmarks, folder, draw=None):
+    """Writes the results of pytest-benchmark into `folder` (and plots into `draw`); returns the lines of the speed-up table."""
+    results = [dict(b.extra_info) for b in benchmarks if "us" in b.extra_info]
+    if not results:
+        return ["no kernel was measured"]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "kernels.json"
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    file.write_text(json.dumps({"torch": torch.__version__, "device": name, "results": results}, indent=1) + "\n")
+    lines = [*speedups(results), "", f"{len(results)} results in {file}"]
+    if draw:
+        lines.append(f"plots: {', '.join(map(str, plots.speedups(results, Path(draw))))}")
+    return lines
+
+
+def speedups(results):
+    """Our time, and how many times longer each other engine takes."""
+    by_case = {}
+    for r in results:
+        c = Case(**{f.name: r[f.name] for f in dataclasses.fields(Case)})
+        by_case.setdefault(c, {})[r["engine"]] = r
+    rows = []
+    for c, engines in by_case.items():
+        ours = engines.get("trillama")
+        if ours is None:
+            continue
+        rate = f"{ours['tflop_s']:.2f} TFLOP/s" if ours["flops_bound"] else f"{ours['gb_s']:.1f} GB/s"
+        fraction = GPU_ONLY if ours["device"] == "cpu" else f"{ours['of_bound']:.2f}" if ours["of_bound"] else "-"
+        others = [
+            f"{engines[name]['us'] / ours['us']:.2f}" if name in engines else reason(c, name) or "-" for name in ENGINES[1:]
+        ]
+        rows.append((c.name, c.model, c.label, c.shape, c.dtype, f"{ours['us']:.1f}", rate, fraction, *others))
+    what = "the reference path, on this CPU" if DEVICE == "cpu" else "the Triton kernels, device time"
+    header = ("op", "model", "", "shape", "dtype", "us", "rate", "of the bound", *ENGINES[1:])
+    return [f"trillama ({what}); the last columns are the times of others over it.", *plots.table(header, rows, left=5)]

@@ -1,0 +1,89 @@
+"""`pytest --benchmark`: that it measures what it says, prints its table and writes its files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trillama.bench.cases import DTYPES, OPS, available, case
+from trillama.bench.peers import ENGINES, engine, why_not
+from trillama.kernels import use_backend
+
+pytestmark = pytest.mark.host
+PEERS = [name for name in ENGINES if name not in ("trillama", "compile")]  # what is compiled is eager
+ROOT = Path(__file__).parent.parent
+
+
+def small(op, backward=False):
+    decode = OPS[op].phase == "decode"
+    return case(op, "SmolLM2-135M", tokens=None if decode else 12, context=40 if decode else None, dtype="fp32", backward=backward)
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in available() for name in PEERS if why_not(op, name, "cpu") != ""])
+def test_the_others_compute_the_same(op, name):
+    """A speed-up over something that computes something else would be worth nothing."""
+    if why_not(op, name, "cpu"):
+        pytest.skip(why_not(op, name, "cpu"))
+    c = small(op)
+    inputs = c.inputs()
+    copies = {n: t.clone() for n, t in inputs.items()}
+    with use_backend("reference"):
+        ours = c.prepare(inputs)()
+        theirs = c.prepare(copies, engine(op, name))()
+    for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (ours, theirs))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for n in inputs:  # the caches
+        torch.testing.assert_close(inputs[n], copies[n], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", [op for op in available() if OPS[op].differentiable])
+def test_backward_is_the_backward_alone(op):
+    c = small(op, backward=True)
+    with use_backend("reference"):
+        run = c.prepare(c.inputs())
+        first, second = run(), run()
+    assert len(first) == len(OPS[op].differentiable)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("op", available())
+def test_least_bytes_are_those_of_the_arguments(op):
+    """Counted on the tensors themselves: all of what goes in and comes out, but of caches and tables only what is used."""
+    c = case(op, "SmolLM2-135M", tokens=3 if OPS[op].phase == "decode" else 7, context=11 if OPS[op].phase == "decode" else None)
+    inputs = c.inputs()
+    with use_backend("reference"):
+        outputs = c.prepare(inputs)()
+    tensors = [*inputs.values(), *(outputs if isinstance(outputs, tuple) else (outputs,))]
+    total = sum(t.numel() * t.element_size() for t in tensors)
+    if op == "rope_append_":  # the tables' rows of the tokens, the caches' new rows
+        total -= sum(inputs[n].numel() * inputs[n].element_size() for n in ("cos", "sin", "k_cache", "v_cache"))
+        total += 2 * 3 * 32 * 4 + inputs["k"].numel() * 2 * 2
+    assert c.moved == total
+    assert DTYPES[c.dtype] == torch.bfloat16
+
+
+def test_the_command(tmp_path):
+    """The whole way on a few entries: table, JSON, plots."""
+    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("matplotlib")
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    plots = tmp_path / "plots"
+    command = [sys.executable, "-m", "pytest", "--benchmark", "--benchmark-plots", str(plots), "-q", "-p", "no:cacheprovider",
+               "-k", "rms_norm-SmolLM2-135M-1"]  # fmt: skip
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.startswith(("op ", "rms_norm", "add_rms_norm"))]
+    assert lines[0].split()[-4:] == ["compile", "sdpa", "liger", "flash_attn"]
+    assert any(line.startswith("rms_norm ") for line in lines)
+    if not torch.cuda.is_available():
+        assert "the reference path, on this CPU" in run.stdout
+        assert all("needs a GPU" in line for line in lines[1:])
+    written = json.loads((ROOT / ".benchmarks" / "kernels.json").read_text())
+    entry = next(r for r in written["results"] if (r["name"], r["engine"]) == ("rms_norm", "trillama"))
+    assert entry["first_call_s"] > 0
+    moved = case("rms_norm", "SmolLM2-135M", tokens=entry["tokens"], dtype=entry["dtype"]).moved
+    assert entry["gb_s"] == pytest.approx(moved / entry["us"] / 1e3)
+    assert (plots / "rms_norm.png").read_bytes()[:4] == b"\x89PNG"
