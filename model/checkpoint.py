@@ -7,6 +7,7 @@ the weights and the files. (safetensors' own reader maps the whole file, which s
 
 import json
 import math
+import mmap
 import re
 import zipfile
 from typing import NamedTuple
@@ -120,7 +121,16 @@ class Checkpoint:
         if stored.path not in self._files:
             self._files[stored.path] = open(stored.path, "rb")  # noqa: SIM115 - closed by close()
         flat = torch.frombuffer(mapped(self._files[stored.path], stored.offset, stored.size), dtype=torch.uint8)
-        return (flat.clone() if stored.offset % dtype.itemsize else flat).view(dtype)
+        if stored.offset % dtype.itemsize:
+            flat = _scratch((stored.size,), torch.uint8).copy_(flat)
+        return flat.view(dtype)
+
+
+def _scratch(shape, dtype):
+    """An uninitialised tensor on pages of its own, which go back to the system with it. Taken from the heap among the tensors of
+    a model that grows, temporary ones leave holes that nothing fits: half the weights again."""
+    size = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
 
 
 def _short(dtype):
@@ -426,18 +436,22 @@ class GgufFile(Checkpoint):
             heads = self.config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
             if stored.shape[0] % (2 * heads):
                 raise CheckpointError(f"{self.describe(name)}: has {stored.shape[0]} rows, expected a multiple of {2 * heads}")
-            tensor = tensor.view(heads, -1, 2, *stored.shape[1:]).transpose(1, 2).reshape(stored.shape)
+            halves = tensor.view(heads, -1, 2, *stored.shape[1:]).transpose(1, 2)
+            tensor = _scratch(halves.shape, halves.dtype).copy_(halves).view(stored.shape)
         return tensor
 
     def _dequantised(self, name, stored):
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        raw = self._map(stored, torch.uint8).view(math.prod(stored.shape[:-1]), -1).numpy()
-        kind = GGMLQuantizationType(stored.ggml_type)
+        kind, out = GGMLQuantizationType(stored.ggml_type), _scratch(stored.shape, torch.float32)
+        raw, values = (t.view(math.prod(stored.shape[:-1]), -1).numpy() for t in (self._map(stored, torch.uint8), out))
+        step = max(1, (1 << 20) // stored.shape[-1])  # rows at a time: 4 MB of values
         try:
             with np.errstate(all="ignore"):
-                return torch.from_numpy(dequantize(raw, kind)).view(stored.shape)
+                for row in range(0, len(raw), step):
+                    values[row : row + step] = dequantize(raw[row : row + step], kind)
+            return out
         except NotImplementedError:
             raise CheckpointError(f"{self.describe(name)}: type is {kind.name}, which gguf cannot dequantise") from None
 
@@ -542,7 +556,9 @@ class MetaFolder(Checkpoint):
             self._shards.clear()
             self._touched = 0
         axis = _meta_axis(stored.name, parts[0].shape, self.config["hidden_size"])
-        return parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, axis)
+        if axis is None or len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, axis, out=_scratch(stored.shape, stored.dtype))
 
 
 def _meta_axis(name, shape, width):

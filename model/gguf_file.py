@@ -74,8 +74,8 @@ def _placed(path, size, table, alignment, end):
         if kind not in block_sizes:
             raise CheckpointError(f"{where}: type is {kind}, which this version of gguf does not know")
         per_block, block_bytes = block_sizes[kind]
-        if shape[-1] % per_block:
-            raise CheckpointError(f"{where}: rows are {shape[-1]} long, expected a multiple of {per_block}")
+        if 0 in shape or shape[-1] % per_block:
+            raise CheckpointError(f"{where}: shape is {brief(shape)}, expected rows of a multiple of {per_block}")
         if offset % alignment:
             raise CheckpointError(f"{where}: offset is {offset}, expected a multiple of {alignment}")
         tensors[name] = TensorInfo(kind, shape, start + offset, math.prod(shape) // per_block * block_bytes)

@@ -96,14 +96,18 @@ def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-def test_unaligned_tensors(tmp_path):
-    model = make()
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
+def unalign(path):
+    """Moves the tensors of a safetensors file to odd addresses."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length] + b" " * (-length % 8 + 3)
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
+def test_unaligned_tensors(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    unalign(tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
         assert_same(checkpoint, weights(model))
 
@@ -575,7 +579,8 @@ GGUF_BROKEN = {
     "99 axes": (lambda d: put(d, after(d, b"output_norm.weight", 0), 99, 4), "has 99 axes"),
     "huge axis": (lambda d: put(d, after(d, b"output_norm.weight", 4), 1 << 62), "lies upon"),
     "type of tensor unknown": (lambda d: put(d, after(d, b"output_norm.weight", 12), 200, 4), "type is 200"),
-    "rows that no block fits": (lambda d: put(d, after(d, b"blk.0.attn_q.weight", 20), 12, 4), "expected a multiple of 256"),
+    "rows that no block fits": (lambda d: put(d, after(d, b"blk.0.attn_q.weight", 20), 12, 4), "expected rows of a multiple of 256"),
+    "axis of zero": (lambda d: put(d, after(d, b"output_norm.weight", 4), 0), "expected rows of a multiple of 1"),
     "offset unaligned": (lambda d: put(d, after(d, b"output_norm.weight", 16), 1), "expected a multiple of 32"),
     "offset past the end": (lambda d: put(d, after(d, b"output_norm.weight", 16), 1 << 40), "cut short"),
     "offset of another": (lambda d: put(d, after(d, b"output_norm.weight", 16), 32), "lies upon"),
@@ -859,16 +864,19 @@ print((peak("VmHWM") - before) / total)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of the memory from /proc")
-@pytest.mark.parametrize("form", ["safetensors", "gguf", "meta"])
+@pytest.mark.parametrize("form", ["safetensors", "unaligned", "gguf F32", "gguf Q8_0", "meta 1", "meta 2"])
 def test_copying_a_checkpoint_needs_the_weights_and_little_more(tmp_path, form):
     model = make(hidden_size=512, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=8)
-    if form == "safetensors":
-        model.save_pretrained(tmp_path)
-    elif form == "gguf":
-        write_gguf(tmp_path / "x.gguf", model)
+    kind, _, detail = form.partition(" ")
+    if kind == "gguf":
+        write_gguf(tmp_path / "x.gguf", model, detail)
+    elif kind == "meta":
+        write_meta(tmp_path, model, int(detail))
     else:
-        write_meta(tmp_path, model)
-    source = tmp_path / "x.gguf" if form == "gguf" else tmp_path
+        model.save_pretrained(tmp_path)
+    if kind == "unaligned":
+        unalign(tmp_path / "model.safetensors")
+    source = tmp_path / "x.gguf" if kind == "gguf" else tmp_path
     assert sum(t.nbytes for t in weights(model).values()) > 200 << 20
     done = subprocess.run([sys.executable, "-c", COPY, str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
