@@ -2,10 +2,17 @@
 
     s = scale q k^T,   optionally s = softcap tanh(s / softcap)          p = exp(s - lse),   out = p v
 
-Forward: online softmax in base 2 (Dao 2023, arXiv:2307.08691), the statistics in float32.
+Forward: online softmax in base 2 (Dao 2023, arXiv:2307.08691), the statistics in float32. Backward, with the weights recomputed
+from lse and delta = rowsum(out dout) - dlse:
+
+    ds = p (dout v^T - delta),   times 1 - tanh^2 under a softcap      dq = scale ds k,   dk = scale ds^T q,   dv = p^T dout
+
+in one kernel for dq and one for dk and dv: each output tile belongs to one program, so there are no atomics and the same input
+gives the same bits.
 
 A query at position p sees the keys p - left .. p + right; the last query meets the last key, so query i of S stands at
-position i + T - S. Packed sequences are the same kernel with one more offset: a batch of one, cut by `cu_seqlens`.
+position i + T - S. Seen from a key it is the same with left and right, S and T exchanged. Packed sequences are the same kernels
+with one more offset: a batch of one, cut by `cu_seqlens`.
 """
 
 from contextlib import nullcontext
@@ -15,9 +22,7 @@ from typing import Optional
 import torch
 
 from . import reference, tuning
-from .dispatch import (
-    WIDEN, architecture, call, cdiv, check, check_same, jit, launch, next_power_of_2, register, scratch, tl, uses_triton,
-)  # fmt: skip
+from .dispatch import WIDEN, architecture, call, cdiv, check, check_same, jit, launch, register, scratch, tl, uses_triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -42,18 +47,19 @@ def _tanh(x):
 
 
 @jit
-def _program(S, heads, section, BLOCK_M: tl.constexpr):
-    """(first row of the query tile, flat batch and query head) of this program.
+def _program(rows, heads, section, LAST_FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """(first row of the tile, flat batch and head) of this program.
 
-    Heads go in sections whose keys and values fit in the L2 cache together; within a section the last tiles, which under a causal
-    mask see the most keys, start first, and the heads of one group run side by side.
+    Heads go in sections whose operands fit in the L2 cache together. Within a section the tiles that see most under a causal mask
+    start first, so that none of them is left over at the end, and the heads of one group run side by side.
     """
     program = tl.program_id(0)
-    tiles = tl.cdiv(S, BLOCK_M)
+    tiles = tl.cdiv(rows, BLOCK)
     first = program // (section * tiles) * section
     width = tl.minimum(section, heads - first)
     inside = program - first * tiles
-    return (tiles - 1 - inside // width) * BLOCK_M, first + inside % width
+    tile = inside // width
+    return (tiles - 1 - tile if LAST_FIRST else tile) * BLOCK, first + inside % width
 
 
 @jit
@@ -100,8 +106,63 @@ def _tile(
 
 
 @jit
+def _store(ptr, tile, start, rows, strides, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = start + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK_D)[None, :]
+    ptrs = ptr + row.to(tl.int64) * strides[2] + col.to(tl.int64) * strides[3]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), (row < rows) & (col < D))
+
+
+@jit
+def _range(m, rows, columns, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(low, a, b, high): what the rows m .. m + BLOCK_M see. Tiles low .. a cross the left edge of some row, tiles a .. b are seen
+    whole by every row, tiles b .. high cross the right edge or the last column."""
+    first, last = m + columns - rows, tl.minimum(m + BLOCK_M, rows) - 1 + columns - rows
+    low, high, b = 0, columns, columns // BLOCK_N * BLOCK_N
+    if right is not None:
+        high = tl.minimum(columns, tl.maximum(last + right + 1, 0))
+        b = tl.minimum(b, tl.maximum(first + right + 1, 0) // BLOCK_N * BLOCK_N)
+    a = low
+    if left is not None:
+        low = tl.maximum(first - left, 0) // BLOCK_N * BLOCK_N
+        a = tl.minimum(tl.cdiv(tl.maximum(last - left, 0), BLOCK_N), tl.cdiv(high, BLOCK_N)) * BLOCK_N
+        b = tl.maximum(a, b)
+    return low, a, b, high
+
+
+@jit
+def _edges(m, rows, columns, left, right, BLOCK_M: tl.constexpr):
+    """(first, one past the last) column that each of the rows m .. m + BLOCK_M sees; first means nothing without a left limit."""
+    position = m + tl.arange(0, BLOCK_M) + (columns - rows)
+    starts = position if left is None else position - left
+    stops = position * 0 + columns if right is None else tl.minimum(columns, position + right + 1)
+    return starts, stops
+
+
+@jit
+def _seen(n, starts, stops, left, BLOCK_N: tl.constexpr):
+    column = tl.arange(0, BLOCK_N)[None, :]
+    seen = column < (stops - n)[:, None]
+    if left is not None:
+        seen = seen & (column >= (starts - n)[:, None])
+    return seen
+
+
+@jit
+def _base2(scale, softcap):
+    """What a product of q and k is multiplied by: with exp2 instead of exp, or before tanh."""
+    scale = tl.cast(scale, tl.float32)
+    return scale * LOG2E if softcap is None else scale / tl.cast(softcap, tl.float32)
+
+
+@jit
+def _cap(t, softcap):
+    return t * (tl.cast(softcap, tl.float32) * LOG2E)
+
+
+@jit
 def _forward_steps(
-    q, acc, total, top, k, v, start, stop, T, left_edge, right_edge, scale, softcap, k_strides, v_strides,
+    q, acc, total, top, k, v, start, stop, T, starts, stops, left, scale, softcap, k_strides, v_strides,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -110,15 +171,11 @@ def _forward_steps(
         k_tile = _tile(k, n, T, k_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS, MASKED)
         s = _dot(q, k_tile.T, None, PRECISION)
         if softcap is not None:
-            s = _tanh(s * scale) * softcap
+            s = _cap(_tanh(s * scale), softcap)
         elif MASKED:
             s = s * scale
         if MASKED:
-            key = tl.arange(0, BLOCK_N)[None, :]
-            seen = key < (right_edge - n)[:, None]
-            if left_edge is not None:
-                seen = seen & (key >= (left_edge - n)[:, None])
-            s = tl.where(seen, s, float("-inf"))
+            s = tl.where(_seen(n, starts, stops, left, BLOCK_N), s, float("-inf"))
         if MASKED or softcap is not None:
             higher = tl.maximum(top, tl.max(s, 1))
             # A row that has seen nothing so far is at -inf, and -inf - -inf is NaN.
@@ -145,7 +202,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one head against all keys it sees. Reads the queries once and writes the output once; keys
     and values come once a tile, mostly from L2. The accumulator and the statistics stay in registers."""
-    m, flat = _program(S, heads, section, BLOCK_M)
+    m, flat = _program(S, heads, section, True, BLOCK_M)
     batch, head = (flat // HEADS).to(tl.int64), flat % HEADS
     start_q, S = _sequence(starts_q_ptr, batch, S)
     start_k, T = _sequence(starts_k_ptr, batch, T)
@@ -157,26 +214,9 @@ def _forward_kernel(
     k_ptr += batch * k_strides[0] + kv_head * k_strides[1] + start_k * k_strides[2]
     v_ptr += batch * v_strides[0] + kv_head * v_strides[1] + start_k * v_strides[2]
 
-    # Tiles low .. a cross the left edge of some row's span, a .. b are seen whole by every row, b .. high cross the right edge.
-    first, last = m + T - S, tl.minimum(m + BLOCK_M, S) - 1 + T - S
-    low, high, b = 0, T, T // BLOCK_N * BLOCK_N
-    if right is not None:
-        high = tl.minimum(T, tl.maximum(last + right + 1, 0))
-        b = tl.minimum(b, tl.maximum(first + right + 1, 0) // BLOCK_N * BLOCK_N)
-    a = low
-    if left is not None:
-        low = tl.maximum(first - left, 0) // BLOCK_N * BLOCK_N
-        a = tl.minimum(tl.cdiv(tl.maximum(last - left, 0), BLOCK_N), tl.cdiv(high, BLOCK_N)) * BLOCK_N
-        b = tl.maximum(a, b)
-
-    if softcap is None:
-        scale = tl.cast(scale, tl.float32) * LOG2E
-    else:
-        scale = tl.cast(scale, tl.float32) / tl.cast(softcap, tl.float32)
-        softcap = tl.cast(softcap, tl.float32) * LOG2E
-    query = first + tl.arange(0, BLOCK_M)
-    left_edge = None if left is None else query - left
-    right_edge = query * 0 + T if right is None else tl.minimum(T, query + right + 1)
+    low, a, b, high = _range(m, S, T, left, right, BLOCK_M, BLOCK_N)
+    starts, stops = _edges(m, S, T, left, right, BLOCK_M)
+    factor = _base2(scale, softcap)
     q_ptr += m * tl.cast(q_strides[2], tl.int64)
     q = _tile(q_ptr, 0, S - m, q_strides, BLOCK_M, D, BLOCK_D, False, True)
     k = _matrix(k_ptr, T, k_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
@@ -186,28 +226,208 @@ def _forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if left is not None:
         acc, total, top = _forward_steps(
-            q, acc, total, top, k, v, low, a, T, left_edge, right_edge, scale, softcap, k_strides, v_strides,
+            q, acc, total, top, k, v, low, a, T, starts, stops, left, factor, softcap, k_strides, v_strides,
             D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True,
         )  # fmt: skip
     acc, total, top = _forward_steps(
-        q, acc, total, top, k, v, a, b, T, left_edge, right_edge, scale, softcap, k_strides, v_strides,
+        q, acc, total, top, k, v, a, b, T, starts, stops, left, factor, softcap, k_strides, v_strides,
         D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, False,
     )  # fmt: skip
     acc, total, top = _forward_steps(
-        q, acc, total, top, k, v, b, high, T, left_edge, right_edge, scale, softcap, k_strides, v_strides,
+        q, acc, total, top, k, v, b, high, T, starts, stops, left, factor, softcap, k_strides, v_strides,
         D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True,
     )  # fmt: skip
 
-    row = m + tl.arange(0, BLOCK_M)
-    col = tl.arange(0, BLOCK_D)
     out_ptr += batch * out_strides[0] + head * out_strides[1] + start_q * out_strides[2]
     total = tl.where(total == 0.0, 1.0, total)  # a row that saw nothing: 0 / 1, and -inf + log2(1)
-    acc = acc * (1.0 / total)[:, None]
-    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * out_strides[2] + col[None, :] * out_strides[3]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), (row < S)[:, None] & (col < D)[None, :])
+    _store(out_ptr, acc * (1.0 / total)[:, None], m, S, out_strides, BLOCK_M, D, BLOCK_D)
     if lse_ptr is not None:
         lse_ptr += (flat.to(tl.int64) if starts_q_ptr is None else head) * lse_stride + start_q
+        row = m + tl.arange(0, BLOCK_M)
         tl.store(lse_ptr + row, (top + tl.log2(total)) * LN2, row < S)
+
+
+@jit(do_not_specialize=["rows", "S"])
+def _delta_kernel(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, lse2_ptr, rows, S, HEADS: tl.constexpr, out_strides, dout_strides,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What the backward kernels need of each row of [B, H, S]: delta = rowsum(out dout) - dlse, and lse in base 2, infinite where
+    nothing was seen, so that the weights of such a row come out as zero."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.arange(0, BLOCK_D)[None, :]
+    batch, head, m = row // S // HEADS, row // S % HEADS, row % S
+    inside = (row < rows)[:, None] & (col < D)
+    out_ptr += (batch * out_strides[0] + head * out_strides[1] + m * out_strides[2])[:, None]
+    dout_ptr += (batch * dout_strides[0] + head * dout_strides[1] + m * dout_strides[2])[:, None]
+    out = tl.load(out_ptr + col * out_strides[3], inside, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + col * dout_strides[3], inside, other=0.0).to(tl.float32)
+    delta = tl.sum(out * dout, 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + row, row < rows, other=0.0)
+    lse = tl.load(lse_ptr + row, row < rows, other=0.0)
+    tl.store(delta_ptr + row, delta, row < rows)
+    tl.store(lse2_ptr + row, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), row < rows)
+
+
+@jit
+def _weights(s, lse, softcap):
+    return tl.exp2(s - lse) if softcap is None else tl.exp2(_cap(s, softcap) - lse)
+
+
+@jit
+def _dq_steps(
+    q, dout, lse, delta, dq, k, v, start, stop, T, starts, stops, left, scale, softcap, k_strides, v_strides,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    for n in range(start, stop, BLOCK_N):
+        k_tile = _tile(k, n, T, k_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS, MASKED)
+        v_tile = _tile(v, n, T, v_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS, MASKED)
+        s = _dot(q, k_tile.T, None, PRECISION) * scale
+        if softcap is not None:
+            s = _tanh(s)
+        p = _weights(s, lse[:, None], softcap)
+        if MASKED:
+            p = tl.where(_seen(n, starts, stops, left, BLOCK_N), p, 0.0)
+        ds = p * (_dot(dout, v_tile.T, None, PRECISION) - delta[:, None])
+        if softcap is not None:
+            ds *= 1.0 - s * s
+        dq = _dot(ds.to(k_tile.dtype), k_tile, dq, PRECISION)
+    return dq
+
+
+@jit(do_not_specialize=["S", "T", "left", "right", "heads", "section", "row_stride"])
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, starts_q_ptr, starts_k_ptr, scale, softcap, left, right, S, T,
+    heads, section, row_stride, q_strides, k_strides, v_strides, dout_strides, dq_strides,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one tile of BLOCK_M queries of one head: walks the keys as the forward does, three products a tile."""
+    m, flat = _program(S, heads, section, True, BLOCK_M)
+    batch, head = (flat // HEADS).to(tl.int64), (flat % HEADS).to(tl.int64)
+    start_q, S = _sequence(starts_q_ptr, batch, S)
+    start_k, T = _sequence(starts_k_ptr, batch, T)
+    if m >= S:
+        return
+    kv_head = head // GROUP
+    q_ptr += batch * q_strides[0] + head * q_strides[1] + (start_q + m) * q_strides[2]
+    dout_ptr += batch * dout_strides[0] + head * dout_strides[1] + (start_q + m) * dout_strides[2]
+    k_ptr += batch * k_strides[0] + kv_head * k_strides[1] + start_k * k_strides[2]
+    v_ptr += batch * v_strides[0] + kv_head * v_strides[1] + start_k * v_strides[2]
+    low, a, b, high = _range(m, S, T, left, right, BLOCK_M, BLOCK_N)
+    starts, stops = _edges(m, S, T, left, right, BLOCK_M)
+    factor = _base2(scale, softcap)
+
+    row = tl.arange(0, BLOCK_M)
+    first = (flat.to(tl.int64) if starts_q_ptr is None else head) * row_stride + start_q + m
+    lse = tl.load(lse_ptr + first + row, row < S - m, other=float("inf"))
+    delta = tl.load(delta_ptr + first + row, row < S - m, other=0.0)
+    q = _tile(q_ptr, 0, S - m, q_strides, BLOCK_M, D, BLOCK_D, False, True)
+    dout = _tile(dout_ptr, 0, S - m, dout_strides, BLOCK_M, D, BLOCK_D, False, True)
+    k = _matrix(k_ptr, T, k_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
+    v = _matrix(v_ptr, T, v_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if left is not None:
+        dq = _dq_steps(
+            q, dout, lse, delta, dq, k, v, low, a, T, starts, stops, left, factor, softcap, k_strides, v_strides,
+            D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True,
+        )  # fmt: skip
+    dq = _dq_steps(
+        q, dout, lse, delta, dq, k, v, a, b, T, starts, stops, left, factor, softcap, k_strides, v_strides,
+        D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, False,
+    )  # fmt: skip
+    dq = _dq_steps(
+        q, dout, lse, delta, dq, k, v, b, high, T, starts, stops, left, factor, softcap, k_strides, v_strides,
+        D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True,
+    )  # fmt: skip
+    dq_ptr += batch * dq_strides[0] + head * dq_strides[1] + start_q * dq_strides[2]
+    _store(dq_ptr, dq * tl.cast(scale, tl.float32), m, S, dq_strides, BLOCK_M, D, BLOCK_D)
+
+
+@jit
+def _dkv_steps(
+    k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, start, stop, S, starts, stops, right, scale, softcap, q_strides,
+    dout_strides, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Everything is transposed, keys by queries: the weights are then the left operand of the products with dout and q."""
+    for m in range(start, stop, BLOCK_M):
+        row = m + tl.arange(0, BLOCK_M)
+        if MASKED:
+            lse = tl.load(lse_ptr + row, row < S, other=float("inf"))
+            delta = tl.load(delta_ptr + row, row < S, other=0.0)
+        else:
+            lse = tl.load(lse_ptr + row)
+            delta = tl.load(delta_ptr + row)
+        q = _tile(q_ptr, m, S, q_strides, BLOCK_M, D, BLOCK_D, False, MASKED)
+        dout = _tile(dout_ptr, m, S, dout_strides, BLOCK_M, D, BLOCK_D, False, MASKED)
+        s = _dot(k, q.T, None, PRECISION) * scale
+        if softcap is not None:
+            s = _tanh(s)
+        p = _weights(s, lse[None, :], softcap)
+        if MASKED:
+            p = tl.where(_seen(m, starts, stops, right, BLOCK_M), p, 0.0)
+        dv = _dot(p.to(dout.dtype), dout, dv, PRECISION)
+        ds = p * (_dot(v, dout.T, None, PRECISION) - delta[None, :])
+        if softcap is not None:
+            ds *= 1.0 - s * s
+        dk = _dot(ds.to(q.dtype), q, dk, PRECISION)
+    return dk, dv
+
+
+@jit(do_not_specialize=["S", "T", "left", "right", "heads", "section", "row_stride"])
+def _dkv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_q_ptr, starts_k_ptr, scale, softcap, left, right,
+    S, T, heads, section, row_stride, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one tile of BLOCK_N keys and values of one head: walks the queries of all heads of its group in turn, so
+    that the group is summed in registers, four products a tile."""
+    n, flat = _program(T, heads, section, False, BLOCK_N)
+    batch, kv_head = (flat // HEADS).to(tl.int64), (flat % HEADS).to(tl.int64)
+    start_q, S = _sequence(starts_q_ptr, batch, S)
+    start_k, T = _sequence(starts_k_ptr, batch, T)
+    if n >= T:
+        return
+    q_ptr += batch * q_strides[0] + kv_head * GROUP * q_strides[1] + start_q * q_strides[2]
+    dout_ptr += batch * dout_strides[0] + kv_head * GROUP * dout_strides[1] + start_q * dout_strides[2]
+    k_ptr += batch * k_strides[0] + kv_head * k_strides[1] + (start_k + n) * k_strides[2]
+    v_ptr += batch * v_strides[0] + kv_head * v_strides[1] + (start_k + n) * v_strides[2]
+    first = (flat.to(tl.int64) if starts_q_ptr is None else kv_head) * GROUP * row_stride + start_q
+    lse_ptr += first
+    delta_ptr += first
+    low, a, b, high = _range(n, T, S, right, left, BLOCK_N, BLOCK_M)
+    starts, stops = _edges(n, T, S, right, left, BLOCK_N)
+    factor = _base2(scale, softcap)
+
+    k = _tile(k_ptr, 0, T - n, k_strides, BLOCK_N, D, BLOCK_D, False, True)
+    v = _tile(v_ptr, 0, T - n, v_strides, BLOCK_N, D, BLOCK_D, False, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for _ in range(GROUP):
+        if right is not None:
+            dk, dv = _dkv_steps(
+                k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, low, a, S, starts, stops, right, factor, softcap, q_strides,
+                dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, True,
+            )  # fmt: skip
+        dk, dv = _dkv_steps(
+            k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, a, b, S, starts, stops, right, factor, softcap, q_strides,
+            dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, False,
+        )  # fmt: skip
+        dk, dv = _dkv_steps(
+            k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, high, S, starts, stops, right, factor, softcap, q_strides,
+            dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, True,
+        )  # fmt: skip
+        q_ptr += q_strides[1]
+        dout_ptr += dout_strides[1]
+        lse_ptr += row_stride
+        delta_ptr += row_stride
+    dk_ptr += batch * dk_strides[0] + kv_head * dk_strides[1] + start_k * dk_strides[2]
+    dv_ptr += batch * dv_strides[0] + kv_head * dv_strides[1] + start_k * dv_strides[2]
+    _store(dk_ptr, dk * tl.cast(scale, tl.float32), n, T, dk_strides, BLOCK_N, D, BLOCK_D)
+    _store(dv_ptr, dv, n, T, dv_strides, BLOCK_N, D, BLOCK_D)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -223,9 +443,18 @@ def _strides(x, starts):
     return x.stride() if starts is None else (0, *x.stride()[1:])
 
 
-def _section(q, k, heads, group):
-    """How many query heads run side by side: as many as keep their keys and values in the L2 cache."""
-    return max(1, min(heads, tuning.l2_bytes(architecture(q)) // max(1, 2 * k[0, 0].numel() * k.element_size()) * group))
+def _section(x, heads, group):
+    """How many of `heads` run side by side: as many as keep two operands like x in the L2 cache, `group` heads sharing each."""
+    fitting = tuning.l2_bytes(architecture(x)) // max(1, 2 * x.shape[2] * x.shape[3] * x.element_size())
+    return max(1, min(heads, fitting * group))
+
+
+def _constants(tile, x):
+    return {
+        "D": x.shape[3], "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": tuning.block_d(x.shape[3]),
+        "PRECISION": _precision(x), "num_warps": tile.warps, "num_stages": tile.stages,
+        "enable_fp_fusion": True,  # a score times the scale minus the maximum is one instruction; Triton 3.10 no longer says so
+    }  # fmt: skip
 
 
 def _describable(x):
@@ -233,13 +462,13 @@ def _describable(x):
     return x.stride(3) == 1 and not any(n * x.element_size() % 16 for n in (*x.stride()[:3], x.data_ptr() // x.element_size()))
 
 
-def _forward(q, k, v, starts_q, starts_k, longest_q, scale, softcap, left, right, need_lse):
+def _forward(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, softcap, left, right, need_lse):
     """(out [B, Hq, S, D], in memory [B, S, Hq, D]; lse [B, Hq, S] or empty). Packed sequences: B is 1, `starts` cut S and T."""
     out, lse = _outputs(q, need_lse)
     if scale < 0:  # the kernel takes the largest score before it scales
         q, scale = -q, -scale
     B, Hq, S, D = q.shape
-    Hk, T = k.shape[1:3]
+    Hk = k.shape[1]
     tile = tuning.attention(architecture(q), D, q.element_size())
     heads = Hq * (B if starts_q is None else len(starts_q) - 1)
     descriptors = tile.descriptors and _describable(k) and _describable(v)
@@ -248,12 +477,53 @@ def _forward(q, k, v, starts_q, starts_k, longest_q, scale, softcap, left, right
             _forward_kernel,
             (cdiv(longest_q, tile.block_m) * heads,),
             q, k, v, out, lse if need_lse else None, starts_q, starts_k, scale, softcap, left, right,
-            longest_q, T, heads, _section(q, k, heads, Hq // Hk) if heads else 1, S,
+            longest_q, longest_k, heads, _section(k, heads, Hq // Hk), S,
             *(_strides(t, starts_q) for t in (q, k, v, out)),
-            HEADS=Hq, GROUP=Hq // Hk, D=D, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=max(16, next_power_of_2(D)),
-            PRECISION=_precision(q), DESCRIPTORS=descriptors, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            HEADS=Hq, GROUP=Hq // Hk, DESCRIPTORS=descriptors, **_constants(tile, q),
         )  # fmt: skip
     return out, lse
+
+
+def _backward(
+    dout, dlse, q, k, v, out, lse, starts_q, starts_k, longest_q, longest_k, scale, softcap, left, right, need_dq, need_dkv
+):  # fmt: skip
+    """(dq, dk, dv), those that are not needed are empty."""
+    B, Hq, S, D = q.shape
+    Hk = k.shape[1]
+    arch, group = architecture(q), Hq // Hk
+    sequences = B if starts_q is None else len(starts_q) - 1
+    dq, dk, dv = _gradients_like(q, k, v, need_dq, need_dkv)
+    delta, lse2 = torch.empty((2, B, Hq, S), dtype=torch.float32, device=q.device)
+    launch(
+        _delta_kernel,
+        (cdiv(B * Hq * S, 64),),
+        out, dout, lse, None if dlse is None else dlse.contiguous(), delta, lse2, B * Hq * S, S, Hq, out.stride(), dout.stride(),
+        D=D, BLOCK_M=64, BLOCK_D=tuning.block_d(D), num_warps=4,
+    )  # fmt: skip
+    tile_dq, tile_dkv = tuning.attention_backward(arch, D, q.element_size())
+    if need_dq:
+        heads = Hq * sequences
+        descriptors = tile_dq.descriptors and _describable(k) and _describable(v)
+        with scratch(q) if descriptors else nullcontext():
+            launch(
+                _dq_kernel,
+                (cdiv(longest_q, tile_dq.block_m) * heads,),
+                q, k, v, dout, lse2, delta, dq, starts_q, starts_k, scale, softcap, left, right,
+                longest_q, longest_k, heads, _section(k, heads, group), S,
+                *(_strides(t, starts_q) for t in (q, k, v, dout, dq)),
+                HEADS=Hq, GROUP=group, DESCRIPTORS=descriptors, **_constants(tile_dq, q),
+            )  # fmt: skip
+    if need_dkv:
+        heads = Hk * sequences
+        launch(
+            _dkv_kernel,
+            (cdiv(longest_k, tile_dkv.block_n) * heads,),
+            q, k, v, dout, lse2, delta, dk, dv, starts_q, starts_k, scale, softcap, left, right,
+            longest_q, longest_k, heads, _section(q, heads * group, 1) // group or 1, S,
+            *(_strides(t, starts_q) for t in (q, k, v, dout, dk, dv)),
+            HEADS=Hk, GROUP=group, **_constants(tile_dkv, q),
+        )  # fmt: skip
+    return dq, dk, dv
 
 
 # --- the op: custom op for the dispatcher, gradients, checks -----------------------------------------------------------
@@ -272,7 +542,7 @@ def _attention(
     need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     if uses_triton(q):
-        return _forward(q, k, v, starts_q, starts_k, longest_q, scale, softcap, left, right, need_lse)
+        return _forward(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, softcap, left, right, need_lse)
     out, lse = _outputs(q, need_lse)
     for rows, keys in _sequences(starts_q, starts_k):
         o, l = reference.attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, left, right, softcap, need_lse)
@@ -290,7 +560,56 @@ def _sequences(starts_q, starts_k):
     return list(zip(*cuts))
 
 
-_attention_op = register("flash_attention", _attention, lambda q, *rest: _outputs(q, rest[-1]))
+def _gradients_like(q, k, v, need_dq, need_dkv):
+    """Uninitialised (dq, dk, dv), in memory [B, S, H, D] as `out`; empty where not needed."""
+    need = (need_dq, need_dkv, need_dkv)
+    return tuple(_outputs(t, False)[0] if n else t.new_empty(0) for t, n in zip((q, k, v), need))
+
+
+def _attention_backward(
+    dout: torch.Tensor, dlse: Optional[torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor, starts_q: Optional[torch.Tensor], starts_k: Optional[torch.Tensor], longest_q: int, longest_k: int,
+    scale: float, softcap: Optional[float], left: Optional[int], right: Optional[int], need_dq: bool, need_dkv: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    if uses_triton(q):
+        return _backward(
+            dout, dlse, q, k, v, out, lse, starts_q, starts_k, longest_q, longest_k, scale, softcap, left, right, need_dq, need_dkv
+        )
+    gradients = _gradients_like(q, k, v, need_dq, need_dkv)
+    for rows, keys in _sequences(starts_q, starts_k):
+        parts = reference.attention_backward(
+            dout[:, :, rows], None if dlse is None else dlse[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys],
+            out[:, :, rows], lse[:, :, rows], scale, left, right, softcap,
+        )  # fmt: skip
+        for gradient, part, where in zip(gradients, parts, (rows, keys, keys)):
+            if gradient.dim() == 4:
+                gradient[:, :, where] = part
+    return gradients
+
+
+_attention_op = register(
+    "flash_attention", _attention, lambda q, *rest: _outputs(q, rest[-1]),
+    backward=lambda ctx, dout, dlse: _gradients(ctx, dout, dlse),
+    setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output),
+)  # fmt: skip
+_backward_op = register(
+    "flash_attention_backward", _attention_backward,
+    lambda dout, dlse, q, k, v, *rest: _gradients_like(q, k, v, *rest[-2:]),
+)  # fmt: skip
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.rest = inputs[5:-1]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dout, dlse):
+    q, k, v, starts_q, starts_k, out, lse = ctx.saved_tensors
+    need_dq, need_dkv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv = _backward_op(dout, dlse, q, k, v, out, lse, starts_q, starts_k, *ctx.rest, need_dq, need_dkv)
+    return dq if need_dq else None, *((dk, dv) if need_dkv else (None, None)), *([None] * (len(ctx.needs_input_grad) - 3))
 
 
 def _check(op, q, k, v, softcap, window, axes):

@@ -154,6 +154,24 @@ def attention(q, k, v, scale, left, right, softcap, need_lse):
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped), None
 
 
+def attention_backward(dout, dlse, q, k, v, out, lse, scale, left, right, softcap):
+    """(dq, dk, dv) of `attention`, whose lse must be given; dlse is None where lse has no gradient."""
+    S, (Hk, T) = q.shape[2], k.shape[1:3]
+    q32, k32, v32, dout32, out32 = (t.to(wide(q.dtype)).unflatten(1, (Hk, -1)) for t in (q, k, v, dout, out))
+    delta = (dout32 * out32).sum(-1) - (0 if dlse is None else dlse.unflatten(1, (Hk, -1)))
+    scores = torch.matmul(q32 * scale, k32.mT)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = visible(torch.arange(T - S, T, device=q.device), T, left, right)
+    weights = torch.exp(scores - lse.unflatten(1, (Hk, -1)).unsqueeze(-1)).masked_fill(~seen, 0)
+    dscores = weights * (torch.matmul(dout32, v32.mT) - delta.unsqueeze(-1))
+    if softcap is not None:
+        dscores = dscores * (1 - (scores / softcap).square())
+    dq = (torch.matmul(dscores, k32) * scale).flatten(1, 2)
+    dk, dv = (torch.matmul(dscores.mT, q32) * scale).sum(2), torch.matmul(weights.mT, dout32).sum(2)
+    return tuple(t.to(q.dtype) for t in (dq, dk, dv))
+
+
 def flash_attention(q, k, v, *, causal=True, scale=None, window=None, softcap=None, return_lse=False):
     out, lse = attention(q, k, v, scale, *span(causal, window), softcap, return_lse)
     return (out, lse) if return_lse else out
@@ -206,9 +224,7 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
 
 
 def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=None, bias=None):
-    if norm is not None:
-        x = rms_norm(x, norm, eps)
-    y = F.linear(x, weight, bias)
+    y = F.linear(x if norm is None else rms_norm(x, norm, eps), weight, bias)
     if activation == "swiglu":
         y = swiglu(*y.chunk(2, -1))
     return y if residual is None else y + residual

@@ -116,6 +116,10 @@ class Attention:
     descriptors: bool = False
 
 
+def block_d(head_dim):
+    return max(16, next_power_of_2(head_dim))
+
+
 def attention(arch, head_dim, itemsize):
     """The forward pass of attention."""
     if itemsize == 4:
@@ -127,6 +131,17 @@ def attention(arch, head_dim, itemsize):
     return Attention(64, 32, 4, 2, arch >= 90)
 
 
+def attention_backward(arch, head_dim, itemsize):
+    """The backward pass: the kernel for dq, which walks the keys, and the one for dk and dv, which walks the queries."""
+    if itemsize == 4:
+        return Attention(32, 32, 4, 2), Attention(32, 32, 4, 2)
+    if head_dim <= 64:
+        return Attention(128, 64, 8, 2), Attention(64, 128, 8, 2) if arch == 90 else Attention(32, 128, 8, 2)
+    if head_dim <= 128:
+        return Attention(128, 32, 8, 3) if arch < 90 else Attention(128, 64, 8, 2), Attention(32, 64, 8, 3)
+    return Attention(64, 32, 8, 2), Attention(32, 32, 8, 2)
+
+
 def l2_bytes(arch):
     """The part of the L2 cache that keys and values may fill."""
     return {80: 24, 86: 4, 89: 48, 90: 32, 100: 64, 120: 64}.get(arch, 4) * 2**20
@@ -134,8 +149,10 @@ def l2_bytes(arch):
 
 @dataclass(frozen=True)
 class Linear:
-    """block_n rows of a weight at a time, `slices` times block_k columns of them; `stages` such tiles in flight."""
+    """block_n rows of a weight at a time, `slices` times block_k columns of them, against block_m rows of x; `stages` such tiles
+    in flight."""
 
+    block_m: int
     block_n: int
     block_k: int
     slices: int
@@ -152,4 +169,4 @@ def linear(arch, columns, itemsize, swiglu, rows):
     empty; so do SwiGLU, whose tiles are two, and float32, whose products keep more in registers.
     """
     long = columns >= 2048 and itemsize == 2 and not swiglu
-    return Linear(16, (256 if long else 128) // itemsize, 4, 4, 4)
+    return Linear(next_power_of_2(rows), 16, (256 if long else 128) // itemsize, 4, 4, 4)
