@@ -579,7 +579,7 @@ GGUF_BROKEN = {
     "99 axes": (lambda d: put(d, after(d, b"output_norm.weight", 0), 99, 4), "has 99 axes"),
     "huge axis": (lambda d: put(d, after(d, b"output_norm.weight", 4), 1 << 62), "lies upon"),
     "type of tensor unknown": (lambda d: put(d, after(d, b"output_norm.weight", 12), 200, 4), "type is 200"),
-    "rows that no block fits": (lambda d: put(d, after(d, b"blk.0.attn_q.weight", 20), 12, 4), "expected rows of a multiple of 256"),
+    "rows that no block fits": (lambda d: put(d, after(d, b"blk.0.attn_q.weight", 20), 12, 4), "rows of a multiple of 256"),
     "axis of zero": (lambda d: put(d, after(d, b"output_norm.weight", 4), 0), "expected rows of a multiple of 1"),
     "offset unaligned": (lambda d: put(d, after(d, b"output_norm.weight", 16), 1), "expected a multiple of 32"),
     "offset past the end": (lambda d: put(d, after(d, b"output_norm.weight", 16), 1 << 40), "cut short"),
