@@ -16,7 +16,7 @@ import pytest
 import torch
 from trillama.bench import plots
 from trillama.bench.cases import OPS, Case, available, case
-from trillama.bench.peers import ENGINES, engine, why_not
+from trillama.bench.peers import ENGINES, why_not
 from trillama.bench.roofline import GPUS, bound
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,31 +43,28 @@ def cases():
                     yield case(op, model, dtype="fp32", backward=backward, **small)
 
 
-def reason(c, name):
-    """None if the engine is measured on the case here, "" if it has no such op, else why it is not."""
-    if name == "compile" and DEVICE == "cpu" and (c.model != COMPILED_ON_CPU or c.backward):
+def reason(c):
+    """None if the case is measured here, "" if its engine has no such op, else why it is not."""
+    if c.engine == "compile" and DEVICE == "cpu" and (c.model != COMPILED_ON_CPU or c.backward):
         return GPU_ONLY if c.backward else f"{COMPILED_ON_CPU} only"
-    return why_not(c.op, name, DEVICE)
+    return why_not(c.op, c.engine, DEVICE)
 
 
 def entries():
+    everything = [dataclasses.replace(c, engine=engine) for c in cases() for engine in ENGINES]
     return [
-        pytest.param(c, name, id=f"{c.name}-{c.model}-{c.batch}-{name}".replace(" ", "_"))
-        for c in cases()
-        for name in ENGINES
-        if reason(c, name) is None
+        pytest.param(c, id=f"{c.name}-{c.model}-{c.batch}-{c.engine}".replace(" ", "_")) for c in everything if reason(c) is None
     ]
 
 
 @pytest.mark.benchmark(warmup=False, min_rounds=3, max_time=0.15)
-@pytest.mark.parametrize(("c", "name"), entries())
-def test_kernel(benchmark, c, name):
+@pytest.mark.parametrize("c", entries())
+def test_kernel(benchmark, c):
     benchmark.group = f"{c.name} {c.label}, {c.shape}, {c.dtype}"
-    benchmark.extra_info |= dataclasses.asdict(c)
-    benchmark.extra_info |= {"name": c.name, "label": c.label, "shape": c.shape, "engine": name, "device": DEVICE}
+    benchmark.extra_info |= dataclasses.asdict(c) | {"name": c.name, "label": c.label, "shape": c.shape, "device": DEVICE}
     torch.manual_seed(0)
     start = time.perf_counter()
-    run = c.prepare(c.inputs(DEVICE), engine(c.op, name))
+    run = c.prepare(c.inputs(DEVICE))
     run()
     synchronize()
     benchmark.extra_info["first_call_s"] = time.perf_counter() - start
@@ -79,7 +76,7 @@ def test_kernel(benchmark, c, name):
     benchmark(host)
     seconds = benchmark.stats.stats.median
     if DEVICE == "cuda":
-        events, graph = device_seconds(c, engine(c.op, name))
+        events, graph = device_seconds(c)
         benchmark.extra_info |= {"events_us": events * 1e6, "graph_us": graph and graph * 1e6}
         seconds = graph or events
     benchmark.extra_info |= rates(c, seconds)
@@ -108,11 +105,11 @@ def rates(c, seconds):
 # --- the device's own time ---------------------------------------------------------------------------------------------
 
 
-def device_seconds(c, function, repeats=20):
+def device_seconds(c, repeats=20):
     """(median by events, mean by graph replay or None) of one call, its data in HBM."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     copies = max(2, min(64, -(-4 * l2 // max(1, c.moved))))
-    runs = [c.prepare(c.inputs(DEVICE), function) for _ in range(copies)]
+    runs = [c.prepare(c.inputs(DEVICE)) for _ in range(copies)]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for run in runs:
@@ -171,7 +168,7 @@ def speedups(results):
     by_case = {}
     for r in results:
         c = Case(**{f.name: r[f.name] for f in dataclasses.fields(Case)})
-        by_case.setdefault(c, {})[r["engine"]] = r
+        by_case.setdefault(dataclasses.replace(c, engine="trillama"), {})[c.engine] = r
     rows = []
     for c, engines in by_case.items():
         ours = engines.get("trillama")
@@ -180,7 +177,8 @@ def speedups(results):
         rate = f"{ours['tflop_s']:.2f} TFLOP/s" if ours["flops_bound"] else f"{ours['gb_s']:.1f} GB/s"
         fraction = GPU_ONLY if ours["device"] == "cpu" else f"{ours['of_bound']:.2f}" if ours["of_bound"] else "-"
         others = [
-            f"{engines[name]['us'] / ours['us']:.2f}" if name in engines else reason(c, name) or "-" for name in ENGINES[1:]
+            f"{engines[e]['us'] / ours['us']:.2f}" if e in engines else reason(dataclasses.replace(c, engine=e)) or "-"
+            for e in ENGINES[1:]
         ]
         rows.append((c.name, c.model, c.label, c.shape, c.dtype, f"{ours['us']:.1f}", rate, fraction, *others))
     what = "the reference path, on this CPU" if DEVICE == "cpu" else "the Triton kernels, device time"

@@ -52,7 +52,7 @@ MODELS = {  # from the config.json of each checkpoint; "/8": one of eight tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape: `batch` sequences of `tokens` new tokens that see `context` keys."""
+    """One op at one shape: `batch` sequences of `tokens` new tokens that see `context` keys; `engine`: whose (peers.ENGINES)."""
 
     op: str
     model: str
@@ -61,6 +61,7 @@ class Case:
     context: int
     dtype: str = "bf16"
     backward: bool = False
+    engine: str = "trillama"
 
     @property
     def m(self):
@@ -97,10 +98,12 @@ class Case:
 
         return OPS[self.op].inputs(self, make)
 
-    def prepare(self, inputs, function=None):
-        """What is looked at, as a function of no arguments: the call of the op (or of `function`, which takes the same arguments),
-        or with `backward` the gradients of its outputs, the forward done before."""
-        function = function or getattr(kernels, self.op)
+    def prepare(self, inputs):
+        """What is looked at, as a function of no arguments: the call of the op, or with `backward` the gradients of its outputs,
+        the forward done before."""
+        from .peers import engine
+
+        function = engine(self.op, self.engine)
         if not self.backward:
             return torch.no_grad()(lambda: function(**inputs))
         leaves = {name: inputs[name].detach().requires_grad_() for name in OPS[self.op].differentiable}
@@ -247,11 +250,11 @@ def available():
     return [name for name in OPS if hasattr(kernels, name)]
 
 
-def case(op, model, *, batch=1, tokens=None, context=None, dtype="bf16", backward=False):
+def case(op, model, *, batch=1, tokens=None, context=None, dtype="bf16", backward=False, engine="trillama"):
     """A case with the phase's usual shape: 4096 tokens of prefill, or one token after 8192."""
     decode = OPS[op].phase == "decode"
     tokens = tokens or (1 if decode else 4096)
-    return Case(op, model, batch, tokens, context or (8192 if decode else tokens), dtype, backward)
+    return Case(op, model, batch, tokens, context or (8192 if decode else tokens), dtype, backward, engine)
 
 
 def differentiable(op):

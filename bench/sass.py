@@ -65,7 +65,10 @@ class Instruction:
 
     @property
     def is_f64(self):
-        return bool(_F64.match(self.opcode)) or "F64" in self.modifiers or "RCP64H" in self.modifiers or "RSQ64H" in self.modifiers
+        """Arithmetic in float64; rounding a float64 argument to float32, once, is none."""
+        if _F64.match(self.opcode) or "RCP64H" in self.modifiers or "RSQ64H" in self.modifiers:
+            return True
+        return "F64" in self.modifiers and not (self.opcode == "F2F" and self.modifiers[0] == "F32")
 
     @property
     def flops(self):

@@ -98,6 +98,19 @@ def launches(function):
     return noted
 
 
+def launches_of_others(function):
+    """The same for code that is not ours: what reaches Triton's JIT functions."""
+    from triton.runtime.jit import JITFunction
+
+    noted, run = [], JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **options: noted.append((self, grid, args, options))
+    try:
+        function()
+    finally:
+        JITFunction.run = run
+    return noted
+
+
 def compiled(launch):
     """The CompiledKernel of a noted launch, through the JIT function's own specialisation of its arguments."""
     kernel, grid, arguments, options = launch
@@ -237,7 +250,7 @@ def examine(case, arch, fp64_scalars=False):
                 {
                     **identity(case, arch),
                     "kernel": kernel.metadata.name.strip("_"),
-                    "programs": math.prod(grid),
+                    "programs": math.prod(grid(launch[3]) if callable(grid) else grid),
                     **(read_nvidia(kernel, arch) if arch.startswith("sm_") else read_amd(kernel)),
                     "moved": case.moved,
                 }
@@ -248,7 +261,10 @@ def examine(case, arch, fp64_scalars=False):
 
 
 def identity(case, arch):
-    return {"op": case.name, "model": case.model, "case": case.label, "shape": case.shape, "dtype": case.dtype, "arch": arch}
+    return {
+        "op": case.name, "model": case.model, "case": case.label, "shape": case.shape, "dtype": case.dtype, "arch": arch,
+        "engine": case.engine,
+    }  # fmt: skip
 
 
 def per_16_bytes(report):
@@ -272,9 +288,9 @@ def memory_bound_issue(case, arch, per_16_bytes):
 
 
 def launches_of(case):
-    function = []
-    launches(lambda: function.append(case.prepare(case.inputs(empty=True))))
-    return launches(function[0])
+    ready, note = [], launches if case.engine == "trillama" else launches_of_others
+    note(lambda: ready.append(case.prepare(case.inputs(empty=True))))
+    return note(ready[0])
 
 
 # --- worker processes and the cache ------------------------------------------------------------------------------------

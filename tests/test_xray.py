@@ -81,6 +81,8 @@ def test_pipes_widths_and_float64(code):
     assert sass.widths(code, sass.LOADS) == {128: 2, 16: 1}
     assert sass.widths(code, sass.STORES) == {64: 1}
     assert [x.opcode for x in code if x.is_f64] == ["DADD"]
+    assert sass.Instruction(0, "", "F2F", ("F64", "F32"), "").is_f64
+    assert not sass.Instruction(0, "", "F2F", ("F32", "F64"), "").is_f64
     assert sass.Instruction(0, "", "HFMA2", ("MMA",), "").pipe == "fma"  # a way to write a constant, not a matrix instruction
 
 
