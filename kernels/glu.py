@@ -36,7 +36,7 @@ def _tile(rows, N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr
     columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     row = (program // columns).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    col = program % columns * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    col = (program % columns * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
     return row, col, (row < rows) & (col < N)
 
 
@@ -116,6 +116,7 @@ def swiglu(gate, up):
     in as the views `x.chunk(2, -1)`. Returns a new contiguous tensor. Differentiable in both; the backward saves only its inputs
     and changes nothing. Raises ValueError or TypeError for arguments that do not fit. Source: arXiv:2002.05202.
     """
+    check(isinstance(up, torch.Tensor), lambda: f"swiglu: up is {type(up).__name__}, expected a tensor")
     check_same("swiglu", gate=gate, up=up)
     check(up.shape == gate.shape, lambda: f"swiglu: up has shape {tuple(up.shape)}, expected {tuple(gate.shape)} as gate")
     check(gate.dim() > 0, lambda: "swiglu: gate is a scalar, expected at least one axis")

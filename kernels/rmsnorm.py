@@ -47,7 +47,7 @@ def _rms_norm_kernel(
 ):  # fmt: skip
     """Reads x (and residual) and writes y (and total = x + residual, rounded as the tensor is)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    col = tl.arange(0, BLOCK_N)[None, :]
+    col = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]  # int64: a column may be a long stride away
     mask = (row < rows) & (col < N)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     x = _load(x_ptr + row_offset(row, middle, inner, x_strides) + col * x_strides[3], mask)
@@ -73,7 +73,7 @@ def _rms_norm_wide_kernel(
         residual_ptr += row_offset(row, middle, inner, residual_strides)
     square = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, N, BLOCK_N):
-        col = start + tl.arange(0, BLOCK_N)
+        col = start + tl.arange(0, BLOCK_N).to(tl.int64)
         x = _load(x_ptr + col * x_strides[3], col < N)
         if residual_ptr is not None:
             total = (x + _load(residual_ptr + col * residual_strides[3], col < N)).to(dtype)
@@ -82,7 +82,7 @@ def _rms_norm_wide_kernel(
         square += x * x
     rstd = tl.rsqrt(tl.sum(square, 0) / N + tl.cast(eps, tl.float32))
     for start in range(0, N, BLOCK_N):
-        col = start + tl.arange(0, BLOCK_N)
+        col = start + tl.arange(0, BLOCK_N).to(tl.int64)
         x = _load(x_ptr + col * x_strides[3], col < N)
         if residual_ptr is not None:  # added again rather than read back: another thread may have written total
             x = (x + _load(residual_ptr + col * residual_strides[3], col < N)).to(dtype).to(tl.float32)
@@ -98,7 +98,7 @@ def _rms_norm_backward_kernel(
     """Reads dy, x (and dtotal) and writes dx; each program adds up its rows' share of dweight into one float32 row of
     `partial`, so that the sum has a fixed order and needs no atomics."""
     program = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK_N)[None, :]
+    col = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]  # int64: a column may be a long stride away
     scale = tl.zeros((1, BLOCK_N), tl.float32) + 1.0
     if weight_ptr is not None:
         scale = tl.cast(offset, tl.float32) + _load(weight_ptr + col * weight_stride, col < N)
@@ -136,7 +136,7 @@ def _rms_norm_backward_wide_kernel(
         square = tl.zeros((BLOCK_N,), tl.float32)
         dot = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(0, N, BLOCK_N):
-            col = start + tl.arange(0, BLOCK_N)
+            col = start + tl.arange(0, BLOCK_N).to(tl.int64)
             x = _load(x_row + col * x_strides[3], col < N)
             g = _load(dy_row + col * dy_strides[3], col < N)
             if weight_ptr is not None:
@@ -146,7 +146,7 @@ def _rms_norm_backward_wide_kernel(
         rstd = tl.rsqrt(tl.sum(square, 0) / N + tl.cast(eps, tl.float32))
         mean = tl.sum(dot, 0) * rstd / N
         for start in range(0, N, BLOCK_N):
-            col = start + tl.arange(0, BLOCK_N)
+            col = start + tl.arange(0, BLOCK_N).to(tl.int64)
             normal = _load(x_row + col * x_strides[3], col < N) * rstd
             dy = _load(dy_row + col * dy_strides[3], col < N)
             g = dy

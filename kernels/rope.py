@@ -43,7 +43,7 @@ def _heads(
     out_ptr += head * out_strides[1]
     for _ in range(first, last, BLOCK_H):
         if INTERLEAVED:
-            col = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+            col = tl.arange(0, 2 * BLOCK_HALF).to(tl.int64)[None, None, :]
             inside = col < 2 * HALF if HALF < BLOCK_HALF else None
             x = tl.load(x_ptr + col * x_strides[3], _both(read, inside))
             if cos is not None:
@@ -51,7 +51,7 @@ def _heads(
                 x = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), x.shape)
             tl.store(out_ptr + col * out_strides[3], x.to(dtype), _both(write, inside))
         else:
-            col = tl.arange(0, BLOCK_HALF)[None, None, :]
+            col = tl.arange(0, BLOCK_HALF).to(tl.int64)[None, None, :]
             inside = col < HALF if HALF < BLOCK_HALF else None
             a = tl.load(x_ptr + col * x_strides[3], _both(read, inside))
             b = tl.load(x_ptr + (col + HALF) * x_strides[3], _both(read, inside))
@@ -61,11 +61,11 @@ def _heads(
             tl.store(out_ptr + col * out_strides[3], a, _both(write, inside))
             tl.store(out_ptr + (col + HALF) * out_strides[3], b, _both(write, inside))
         if BLOCK_REST > 0:
-            col = 2 * HALF + tl.arange(0, BLOCK_REST)[None, None, :]
+            col = 2 * HALF + tl.arange(0, BLOCK_REST).to(tl.int64)[None, None, :]
             x = tl.load(x_ptr + col * x_strides[3], _both(read, col < D))
             tl.store(out_ptr + col * out_strides[3], x, _both(write, col < D))
-        x_ptr += BLOCK_H * x_strides[1]
-        out_ptr += BLOCK_H * out_strides[1]
+        x_ptr += tl.cast(x_strides[1], tl.int64) * BLOCK_H
+        out_ptr += tl.cast(out_strides[1], tl.int64) * BLOCK_H
 
 
 @jit(do_not_specialize=[
@@ -86,10 +86,11 @@ def _rope_kernel(
     through the block table, at the token's position. What lies outside the tables turns to NaN, what lies outside the cache is
     not written. The masked loads have no `other`: a lane that reads nothing writes nothing.
     """
-    batch = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None, None]
+    blocks = tl.cdiv(tokens, BLOCK_S)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    token = tl.program_id(0) % blocks * BLOCK_S + tl.arange(0, BLOCK_S)[:, None, None]
     read = token < tokens if BLOCK_S > 1 else None
-    pair = tl.broadcast_to(tl.arange(0, BLOCK_HALF)[None, None, :], (BLOCK_S, BLOCK_H, BLOCK_HALF))
+    pair = tl.broadcast_to(tl.arange(0, BLOCK_HALF).to(tl.int64)[None, None, :], (BLOCK_S, BLOCK_H, BLOCK_HALF))
     known = _both(read, pair < HALF if HALF < BLOCK_HALF else None)
     s = token.to(tl.int64)
     position = s
@@ -153,7 +154,7 @@ def _rotate(q, k, cos, sin, positions, interleaved, inverse, v=None, caches=(Non
     page = None if block_table is None else k_out.shape[2]
     launch(
         _rope_kernel,
-        (blocks, cdiv(heads, heads_per_program), B),
+        (B * blocks, cdiv(heads, heads_per_program)),
         q, k, v, q_out, k_out, v_out, cos, sin, positions, block_table,
         q.stride(), k.stride(), None if v is None else v.stride(),
         q_out.stride(), k_out.stride(), None if v is None else v_out.stride(), cos.stride(), sin.stride(),

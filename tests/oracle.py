@@ -96,6 +96,7 @@ def unchanged(*tensors):
     def verify():
         for t, copy, version in before:
             assert t._version == version
-            assert torch.equal(t.detach().view(torch.uint8) if t.is_contiguous() else t, copy.view(torch.uint8) if t.is_contiguous() else copy)
+            now, then = (x.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8) for x in (t, copy))
+            assert torch.equal(now, then)
 
     return verify
