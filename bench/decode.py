@@ -16,6 +16,7 @@ import torch
 
 from ..kernels.dispatch import backend, why_not_triton
 from ..model import Llama, generate
+from ..model.cli import Parser
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -290,7 +291,7 @@ def integers(text):
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="trillama bench", description="Prefill and decode throughput beside their bounds.")
+    p = Parser(prog="trillama bench", description="Prefill and decode throughput beside their bounds.")
     p.add_argument("--model", default="smollm2", metavar="SOURCE", help="folder, GGUF file, hub id or preset (default: smollm2)")
     p.add_argument("--batch", type=integers, default=[1], metavar="1,8", help="batch sizes")
     p.add_argument("--prompt", type=integers, default=[64], metavar="64,512", help="prompt lengths in tokens")

@@ -10,7 +10,6 @@ Where memory is the bound: the share of issue slots that the kernel needs when d
 the instructions can hide behind memory. All are properties of the compiled code, not timings: nothing is executed.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -29,6 +28,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..model.cli import Parser
 from . import sass
 from .plots import table
 from .roofline import GPUS, MULTIPROCESSORS
@@ -497,7 +497,7 @@ LEGEND = (
 
 
 def _arguments():
-    parser = argparse.ArgumentParser(prog="trillama xray", description="What the compiled kernels are made of. Needs no GPU.")
+    parser = Parser(prog="trillama xray", description="What the compiled kernels are made of. Needs no GPU.")
     add = parser.add_argument
     add("ops", nargs="*", metavar="OP", help="default: all that there are")
     add("--arch", nargs="+", metavar="ARCH", help=f"of {', '.join(ARCHITECTURES)} (default: {', '.join(USUAL)})")

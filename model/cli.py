@@ -36,7 +36,7 @@ def _dispatch(argv):
     if argv and argv[0] in ELSEWHERE:
         module, _ = ELSEWHERE[argv[0]]
         return importlib.import_module(module).main(argv[1:])
-    parser = _Parser(prog="trillama", description="Llama-style language models on Triton kernels or on plain PyTorch.")
+    parser = Parser(prog="trillama", description="Llama-style language models on Triton kernels or on plain PyTorch.")
     parser.add_argument("--version", action="version", version=f"trillama {_version('trillama')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (run, add_arguments, text) in HERE.items():
@@ -49,7 +49,7 @@ def _dispatch(argv):
     return options.run(options)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"trillama: error: {message} (see {self.prog} --help)\n")
 
