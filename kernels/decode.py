@@ -20,22 +20,21 @@ from typing import Optional
 import torch
 
 from . import reference, tuning
-from .dispatch import WIDEN, architecture, call, cdiv, check, check_same, jit, launch, register, tl, uses_triton
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
+from .attention import LOG2E, _dot, _precision, _tanh
+from .dispatch import architecture, call, cdiv, check, check_same, jit, launch, register, tl, uses_triton
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
 
 @jit
-def _slots(key, end, strides, table_ptr, table_strides, batch, PAGE: tl.constexpr):
-    """Element offsets (int64) of the keys numbered `key` of a sequence in a cache with strides (page, head, slot, column)."""
+def _locate(key, end, table_ptr, table_strides, batch, PAGE: tl.constexpr):
+    """(page, slot) of the keys numbered `key` of a sequence, int64, as columns."""
     if PAGE is None:
-        return batch * strides[0] + key.to(tl.int64) * strides[2]
+        page, slot = batch, key
     else:
-        page = tl.load(table_ptr + batch * table_strides[0] + key // PAGE * table_strides[1], key < end, other=0)
-        return page.to(tl.int64) * strides[0] + (key % PAGE).to(tl.int64) * strides[2]
+        page = tl.load(table_ptr + batch * table_strides[0] + key // PAGE * table_strides[1], key < end, other=0)[:, None]
+        slot = key % PAGE
+    return page.to(tl.int64), slot[:, None].to(tl.int64)
 
 
 @jit
@@ -108,16 +107,12 @@ def _decode_kernel(
         key = start + tl.arange(0, BLOCK_N)
         # Beyond `end` lies another program's split, or what was never written: nothing of it may be read, 0 * NaN is NaN.
         mask = (key < end)[:, None] & (col < D)[None, :]
-        k_slot = _slots(key, end, k_strides, table_ptr, table_strides, batch, PAGE)[:, None]
-        v_slot = _slots(key, end, v_strides, table_ptr, table_strides, batch, PAGE)[:, None]
-        k = tl.load(k_ptr + k_slot + col[None, :] * k_strides[3], mask, other=0.0)
-        v = tl.load(v_ptr + v_slot + col[None, :] * v_strides[3], mask, other=0.0)
-        if WIDEN:
-            q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
-        score = tl.dot(q, k.T, input_precision=PRECISION) * tl.cast(scale, tl.float32)
+        page, slot = _locate(key, end, table_ptr, table_strides, batch, PAGE)
+        k = tl.load(k_ptr + page * k_strides[0] + slot * k_strides[2] + col[None, :] * k_strides[3], mask, other=0.0)
+        v = tl.load(v_ptr + page * v_strides[0] + slot * v_strides[2] + col[None, :] * v_strides[3], mask, other=0.0)
+        score = _dot(q, k.T, None, PRECISION) * tl.cast(scale, tl.float32)
         if softcap is not None:
-            fall = tl.exp2(tl.abs(score) * (-2.0 * LOG2E / tl.cast(softcap, tl.float32)))
-            score = tl.where(score < 0, -1.0, 1.0) * tl.cast(softcap, tl.float32) * ((1.0 - fall) / (1.0 + fall))
+            score = tl.cast(softcap, tl.float32) * _tanh(score / tl.cast(softcap, tl.float32))
         seen = (key < end)[None, :] & (key[None, :] <= position)
         if window is not None:
             seen &= key[None, :] > position - window
@@ -127,7 +122,7 @@ def _decode_kernel(
         weight = tl.exp2(score - safe[:, None])
         shrink = tl.exp2(m - safe)
         l = l * shrink + tl.sum(weight, 1)
-        o = tl.dot(weight.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
+        o = _dot(weight.to(v.dtype), v, o * shrink[:, None], PRECISION)
         m = higher
 
     o_flat = row[:, None] * D + col[None, :]
@@ -201,8 +196,7 @@ def _forward(q, k_cache, v_cache, lengths, scale, window, softcap, block_table, 
         None if block_table is None else block_table.stride(),
         GROUP=group, D=D, PAGE=None if block_table is None else page, SPLIT=split, MAX_SPLITS=most,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_E=tile.block_e,
-        PRECISION="tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
-        num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=_precision(q), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

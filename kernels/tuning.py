@@ -97,8 +97,10 @@ def decode(arch, head_dim, itemsize, rows):
     """
     block_d = max(16, next_power_of_2(head_dim))
     # float32 products are made of scalar multiplications, which keep more in registers
-    block_m = min(64 if itemsize == 2 else 32, max(16, next_power_of_2(rows)))
+    block_m = min(64 if itemsize == 2 and block_d <= 128 else 32, max(16, next_power_of_2(rows)))
     block_n = max(16, min(64, 64 * 256 // (block_d * itemsize)))
+    if itemsize == 4 and block_m == 32:
+        block_n = 16
     warps = 8 if block_m * block_d > 64 * 128 or itemsize == 4 else 4
     stages = 3 if arch in (80, 90, 100) else 2  # elsewhere a block has 99 KiB of shared memory
     return Decode(block_m, block_n, block_d, min(512, next_power_of_2(rows * head_dim)), 512, 64, warps, stages)

@@ -1,0 +1,169 @@
+"""The matrix-vector product of a decode step, with what stands before and after it.
+
+    h = rms_norm(x, norm)        y = h Wᵀ + bias        y = silu(first half) * second half        out = y + residual
+
+At one to eight rows the product costs what reading W costs, so each weight is read once for all rows, and the normalisation,
+the SwiGLU and the residual addition ride along in one launch. The warps of a program divide the columns of a tile of W among
+themselves (the leading axis of a batched product), so that no warp repeats another's work; tiles stream through shared memory
+with several in flight. Tile and order of summation depend on the weight alone: a row has the same bits whatever its neighbours.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+from . import reference, tuning
+from .attention import _dot, _precision
+from .dispatch import architecture, call, cdiv, check, check_same, jit, launch, register, row_offset, row_strides, tl, uses_triton
+from .glu import _sigmoid, swiglu
+from .rmsnorm import rms_norm
+
+ROWS = 8  # beyond, the product is no longer limited by memory alone and belongs to the vendor's library
+ACTIVATIONS = (None, "swiglu")
+
+
+# --- kernel ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _rstd(x_row, row, rows, column_stride, eps, K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """1 / rms of each row, [1, BLOCK_M, 1]; the rows come from L2, where the first program has brought them."""
+    square = tl.zeros((BLOCK_M, 1024), tl.float32)
+    for start in tl.range(0, K, 1024, loop_unroll_factor=4):
+        k = start + tl.arange(0, 1024)[None, :]
+        x = tl.load(x_row + k * column_stride, (row < rows) & (k < K), other=0.0).to(tl.float32)
+        square += x * x
+    return tl.rsqrt(tl.sum(square, 1) / K + tl.cast(eps, tl.float32))[None, :, None]
+
+
+@jit(do_not_specialize=["rows", "middle", "inner"])
+def _linear_kernel(
+    x_ptr, weight_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, eps, rows, columns, middle, inner, x_strides, weight_strides,
+    norm_stride, bias_stride, residual_strides,
+    K: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of out for all rows: reads BLOCK_N rows of W (with SwiGLU as many of each half), SLICES * BLOCK_K
+    columns at a time, and x from L2."""
+    row = tl.arange(0, BLOCK_M)[:, None]
+    x_row = x_ptr + row_offset(row.to(tl.int64), middle, inner, x_strides)
+    if norm_ptr is not None:
+        rstd = _rstd(x_row, row, rows, x_strides[3], eps, K, BLOCK_M)
+    x_row, live = x_row[None, :, :], (row < rows)[None, :, :]
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
+    w_row = weight_ptr + n.to(tl.int64) * weight_strides[0]
+    half = tl.cast(columns, tl.int64) * weight_strides[0]
+    total = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
+    gated = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(0, K, SLICES * BLOCK_K):
+        k = start + tl.arange(0, SLICES)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+        x = tl.load(x_row + k * x_strides[3], live & (k < K), other=0.0)
+        if norm_ptr is not None:  # rounded before the weight and after it, as rms_norm does
+            scale = tl.load(norm_ptr + k * norm_stride, k < K, other=0.0).to(tl.float32)
+            x = ((x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32) * scale).to(x.dtype)
+        x = tl.permute(x, (0, 2, 1))
+        mask = (n < columns) & (k < K)
+        w = tl.load(w_row + k * weight_strides[1], mask, other=0.0)
+        total = _dot(w, x, total, PRECISION)
+        if SWIGLU:
+            up = tl.load(w_row + half + k * weight_strides[1], mask, other=0.0)
+            gated = _dot(up, x, gated, PRECISION)
+
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    m = tl.arange(0, BLOCK_M)[None, :]
+    mask = (n < columns) & (m < rows)
+    y = tl.sum(total, 0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n * bias_stride, n < columns, other=0.0).to(tl.float32)
+    if SWIGLU:
+        up = tl.sum(gated, 0)
+        if bias_ptr is not None:
+            up += tl.load(bias_ptr + (n + columns) * bias_stride, n < columns, other=0.0).to(tl.float32)
+        y *= _sigmoid(y) * up
+    if residual_ptr is not None:
+        offset = row_offset(m.to(tl.int64), middle, inner, residual_strides) + n * residual_strides[3]
+        y += tl.load(residual_ptr + offset, mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m * columns + n, y.to(out_ptr.dtype.element_ty), mask)
+
+
+# --- launcher --------------------------------------------------------------------------------------------------------
+
+
+def _strides(t, sizes):
+    """Row strides as `row_strides` orders them, and the column's; None is passed on."""
+    return None if t is None else (*sizes, t.stride(-1))
+
+
+def _fused(x, weight, norm, eps, residual, activation, bias):
+    K = x.shape[-1]
+    columns = weight.shape[0] // (2 if activation == "swiglu" else 1)
+    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    rows = x.shape[:-1].numel()
+    leading = [t for t in (x, residual) if t is not None]
+    middle, inner, strides = row_strides(*leading)
+    tile = tuning.linear(architecture(x), K, x.element_size(), activation == "swiglu", rows)
+    launch(
+        _linear_kernel,
+        (cdiv(columns, tile.block_n) if rows else 0,),
+        x, weight, norm, bias, residual, out, eps, rows, columns, middle, inner, _strides(x, strides[0]), weight.stride(),
+        None if norm is None else norm.stride(0), None if bias is None else bias.stride(0), _strides(residual, strides[-1]),
+        K=K, SWIGLU=activation == "swiglu", BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        SLICES=tile.slices, PRECISION=_precision(x), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+# --- the op ----------------------------------------------------------------------------------------------------------
+
+
+def _decode_linear(
+    x: torch.Tensor, weight: torch.Tensor, norm: Optional[torch.Tensor], eps: float, residual: Optional[torch.Tensor],
+    activation: Optional[str], bias: Optional[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    if not uses_triton(x):
+        return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
+    if x.shape[:-1].numel() <= ROWS:
+        return _fused(x, weight, norm, eps, residual, activation, bias)
+    y = F.linear(x if norm is None else rms_norm(x, norm, eps), weight, bias)
+    if activation == "swiglu":
+        y = swiglu(*y.chunk(2, -1))
+    return y if residual is None else y + residual
+
+
+_op = register(
+    "decode_linear", _decode_linear,
+    lambda x, weight, norm, eps, residual, activation, bias: x.new_empty(
+        (*x.shape[:-1], weight.shape[0] // (2 if activation == "swiglu" else 1))
+    ),
+)  # fmt: skip
+
+
+def _check(x, weight, norm, residual, activation, bias):
+    op = "decode_linear"
+    check_same(op, x=x, weight=weight, residual=residual, bias=bias)
+    check_same(op, same_dtype=False, x=x, norm=norm)
+    check(activation in ACTIVATIONS, lambda: f"{op}: activation is {activation!r}, expected None or 'swiglu'")
+    check(x.dim() > 0, lambda: f"{op}: x is a scalar, expected at least one axis")
+    check(weight.dim() == 2, lambda: f"{op}: weight has shape {tuple(weight.shape)}, expected two axes")
+    N, K = weight.shape
+    check(x.shape[-1] == K, lambda: f"{op}: x has {x.shape[-1]} columns, expected {K} as weight")
+    check(activation is None or N % 2 == 0, lambda: f"{op}: weight has {N} rows, expected an even number for SwiGLU")
+    out = (*x.shape[:-1], N // 2 if activation else N)
+    for name, t, shape in (("norm", norm, (K,)), ("bias", bias, (N,)), ("residual", residual, out)):
+        check(t is None or t.shape == shape, lambda: f"{op}: {name} has shape {tuple(t.shape)}, expected {shape}")  # noqa: B023
+
+
+def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=None, bias=None):
+    """The product of a few rows with a weight, the normalisation before it and SwiGLU and residual after it, in one launch.
+
+    x: [..., K], float16, bfloat16 or float32. weight: [N, K] of the same dtype. norm: [K], weight of the RMSNorm applied to x
+    first (with `eps`, rounded as `rms_norm(..., casting="llama")`). bias: [N]. activation: None, or "swiglu": the first half of
+    the N outputs gates the second, silu(first) * second. residual: like the result, added last. Any strides.
+
+    Returns [..., N], or [..., N / 2] with SwiGLU, contiguous. Up to 8 rows (all leading axes together) share one pass over the
+    weight; more go through `rms_norm`, torch's matrix product and `swiglu`. Not differentiable. Raises ValueError or TypeError
+    for arguments that do not fit.
+    """
+    _check(x, weight, norm, residual, activation, bias)
+    return call(_op, _decode_linear, x, weight, norm, eps, residual, activation, bias)
