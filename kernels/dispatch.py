@@ -6,6 +6,7 @@ dispatcher when none of them is watching.
 """
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -242,9 +243,20 @@ def register(name, function, fake, *, mutates=(), backward=None, setup_context=N
         return None
     op = torch.library.custom_op(f"trillama::{name}", function, mutates_args=mutates)
     op.register_fake(fake)
+    if backward is None and not mutates:
+        backward = _refuse_derivative(name)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
     return op
+
+
+def _refuse_derivative(name):
+    def backward(ctx, *gradients):
+        forward = name.removesuffix("_backward")
+        what = f"{forward} has no derivative" if forward == name else f"{forward} has no second derivative"
+        raise NotImplementedError(f"{what}: only what the public functions call differentiable is")
+
+    return backward
 
 
 def call(op, function, *arguments):
@@ -252,7 +264,15 @@ def call(op, function, *arguments):
     the dispatcher costs several microseconds a call."""
     if torch.compiler.is_compiling():  # first and alone: what follows cannot be traced
         return op(*arguments)
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
+    if torch._C._functorch.maybe_current_level() is not None:
+        transforms = {i.key().name for i in torch._C._functorch.get_interpreter_stack()} & {"Vmap", "Grad", "Jvp"}
+        if transforms:  # torch would run a loop over the batch, or fail without saying why
+            raise NotImplementedError(
+                f"{function.__name__.strip('_')} does not run under torch.func's {'/'.join(sorted(transforms)).lower()}: "
+                "pass the batch as leading axes and differentiate with torch.autograd"
+            )
+        return op(*arguments)
+    if torch._C._len_torch_dispatch_stack():
         return op(*arguments)
     grad = torch.is_grad_enabled()
     for a in arguments:
@@ -262,6 +282,15 @@ def call(op, function, *arguments):
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def promoted(*tensors):
+    """The tensors (None is passed on) in their widest dtype where autocast is on, which mixes dtypes; else as they are."""
+    dtypes = {t.dtype for t in tensors if isinstance(t, torch.Tensor)}
+    if len(dtypes) < 2 or not torch.is_autocast_enabled(next(t for t in tensors if t is not None).device.type):
+        return tensors
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return tuple(None if t is None else t.to(widest) for t in tensors)
 
 
 # --- argument checks -------------------------------------------------------------------------------------------------

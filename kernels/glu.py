@@ -8,7 +8,21 @@ Backward: dgate = dy up s (1 + g (1 - s)), dup = dy g s. s is recomputed: nothin
 import torch
 
 from . import reference, tuning
-from .dispatch import INTERPRETED, call, cdiv, check, check_same, jit, launch, register, row_offset, row_strides, tl, uses_triton
+from .dispatch import (
+    INTERPRETED,
+    call,
+    cdiv,
+    check,
+    check_same,
+    jit,
+    launch,
+    promoted,
+    register,
+    row_offset,
+    row_strides,
+    tl,
+    uses_triton,
+)
 
 try:
     from triton.language.extra import libdevice
@@ -116,6 +130,7 @@ def swiglu(gate, up):
     in as the views `x.chunk(2, -1)`. Returns a new contiguous tensor. Differentiable in both; the backward saves only its inputs
     and changes nothing. Raises ValueError or TypeError for arguments that do not fit. Source: arXiv:2002.05202.
     """
+    gate, up = promoted(gate, up)
     check(isinstance(up, torch.Tensor), lambda: f"swiglu: up is {type(up).__name__}, expected a tensor")
     check_same("swiglu", gate=gate, up=up)
     check(up.shape == gate.shape, lambda: f"swiglu: up has shape {tuple(up.shape)}, expected {tuple(gate.shape)} as gate")

@@ -14,7 +14,21 @@ from typing import Optional
 import torch
 
 from . import reference, tuning
-from .dispatch import architecture, call, cdiv, check, check_same, jit, launch, register, row_offset, row_strides, tl, uses_triton
+from .dispatch import (
+    architecture,
+    call,
+    cdiv,
+    check,
+    check_same,
+    jit,
+    launch,
+    promoted,
+    register,
+    row_offset,
+    row_strides,
+    tl,
+    uses_triton,
+)
 
 CASTINGS = ("llama", "gemma")
 
@@ -308,5 +322,6 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, casting="llama"):
     x, residual: [..., N] of one dtype, any strides. The sum is rounded to their dtype before it is normalised, as two separate
     operations would. Everything else as in `rms_norm`.
     """
+    x, residual = promoted(x, residual)
     _check("add_rms_norm", x, weight, casting, residual)
     return call(_add_rms_norm_op, _add_rms_norm, x, residual, weight, eps, offset, casting)

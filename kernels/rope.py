@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 
 from . import reference, tuning
-from .dispatch import architecture, call, cdiv, check, check_same, jit, launch, register, tl, uses_triton
+from .dispatch import architecture, call, cdiv, check, check_same, jit, launch, promoted, register, tl, uses_triton
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
@@ -287,6 +287,7 @@ def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
     ([B, S, H, D] transposed) they do so in the result. Differentiable in q and k. A position outside the tables gives NaN from the
     kernel, which cannot raise without a wait for the GPU, and an IndexError from the reference. Source: arXiv:2104.09864.
     """
+    q, k = promoted(q, k)
     _check("apply_rope", q, k, cos, sin, positions)
     return call(_apply_rope_op, _apply_rope, q, k, cos, sin, positions, interleaved, False)
 
