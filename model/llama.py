@@ -99,8 +99,7 @@ class Llama(nn.Module):
                 positions = cache.advance(B, S)
                 length, rows = cache.filled, cache.max_length
             else:
-                length = S if positions is None else _longest(positions)
-                rows = 1 << max(8, (length - 1).bit_length())
+                length = rows = S if positions is None else _longest(positions)
             if length > self.config.context_length:
                 raise ValueError(f"input_ids reaches {length} tokens, expected at most {self.config.context_length} positions")
             rope = self.rope(length, rows, input_ids.device)
@@ -155,14 +154,16 @@ class Rope:
         self.config, self.made = config, {}
 
     def __call__(self, length, rows, device):
-        """{True: (cos, sin), False: (1, 0)} for a sequence of `length` tokens; tables of up to `rows` positions.
+        """{True: (cos, sin), False: (1, 0)} for a sequence of `length` tokens that may grow to `rows`.
 
         Layers without rotary embedding take the second pair, so that they write their cache with the same kernel.
         """
         first, last = same_frequencies(self.config.rope_parameters, length)
-        rows = min(max(rows, length), last, self.config.context_length)
+        last = min(last, self.config.context_length)
         tables = self.made.get((first, device))
-        if tables is None or tables[True][0].shape[0] < rows:
+        have = 0 if tables is None else tables[True][0].shape[0]
+        if have < min(rows, last):
+            rows = min(max(rows, 2 * have, 256), last)
             with torch.inference_mode(False):  # tables made while generating must do for a training step too
                 cos, sin = rope_tables(self.config, self.config.head_dim, rows, device=device)
                 tables = {True: (cos, sin)}
@@ -313,7 +314,7 @@ def _load(model, checkpoint, device, dtype):
     if extra:
         raise ValueError(f"{checkpoint.describe(extra[0])} has no place in a {model.config.model_type} with this config")
     total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    with tqdm(desc="loading", total=total, unit="B", unit_scale=True, delay=1.0, leave=False) as progress:
+    with tqdm(desc="loading", total=total, unit="B", unit_scale=True, delay=1.0, leave=False, disable=None) as progress:
         for name, parts in sources.items():
             owner, _, leaf = name.rpartition(".")
             weight = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)

@@ -202,6 +202,44 @@ def test_cache_has_no_history():
 
 
 @torch.no_grad()
+def test_tables_grow():
+    ours, _ = make("llama", max_position_embeddings=2000)
+    ours(prompt(1, 3))
+    ids = prompt(1, 700)
+    fresh = Llama(ours.config)
+    fresh.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(ids), fresh(ids))
+    cache = KVCache(ours.config, 1, 1500)
+    ours(ids, cache)
+    tables = ours.rope(701, 1500, ids.device)[True]
+    ours(ids[:, :1], cache)
+    assert ours.rope(702, 1500, ids.device)[True] is tables  # made once for all that the cache can hold
+    assert tables[0].shape[0] == 1500
+
+
+@torch.no_grad()
+def test_compile():
+    """One graph for all lengths and one for all decode steps, none of them broken."""
+    from torch._dynamo.utils import counters
+
+    ours, _ = make("llama")
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for tokens in (10, 11, 12, 30):
+        ids = prompt(2, tokens)
+        assert oracle.error(compiled(ids), ours(ids)) < TOLERANCE
+    cache, other = KVCache(ours.config, 2, 40), KVCache(ours.config, 2, 40)
+    ours(ids, cache), ours(ids, other)
+    before = counters["stats"]["unique_graphs"]
+    assert before <= 2
+    for _ in range(5):
+        ids = prompt(2, 1)
+        assert oracle.error(compiled(ids, cache), ours(ids, other)) < TOLERANCE
+    assert counters["stats"]["unique_graphs"] - before <= 2
+
+
+@torch.no_grad()
 def test_no_host_read_in_a_decode_step():
     from torch.utils._python_dispatch import TorchDispatchMode
 
