@@ -87,22 +87,20 @@ class Llama(nn.Module):
     def hidden_states(self, input_ids, cache=None, positions=None):
         """What the head sees of the tokens input_ids [B, S]: [B, S, N], after the last norm.
 
-        cache: a `KVCache` with the tokens before these, to which these are added; nothing is differentiable then. positions:
-        [S] or [B, S], without a cache: the rotary positions in place of 0..S-1; attention is causal in the order of the tokens.
+        cache: a `KVCache` with the tokens before these, to which these are added; no gradients then. positions: [S] or [B, S],
+        only without a cache: the rotary positions in place of 0..S-1; attention stays causal in the order of the tokens.
         """
         _check_ids(input_ids)
         B, S = input_ids.shape
+        if cache is not None and positions is not None:
+            raise ValueError("positions is given beside a cache, expected None: the cache knows them")
+        length = _longest(positions) if positions is not None else S if cache is None else cache.filled + S
+        if length > self.config.context_length:
+            raise ValueError(f"input_ids reaches {length} tokens, expected at most {self.config.context_length} positions")
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             if cache is not None:
-                if positions is not None:
-                    raise ValueError("positions is given beside a cache, expected None: the cache knows them")
                 positions = cache.advance(B, S)
-                length, rows = cache.filled, cache.max_length
-            else:
-                length = rows = S if positions is None else _longest(positions)
-            if length > self.config.context_length:
-                raise ValueError(f"input_ids reaches {length} tokens, expected at most {self.config.context_length} positions")
-            rope = self.rope(length, rows, input_ids.device)
+            rope = self.rope(length, length if cache is None else cache.max_length, input_ids.device)
             x, residual = self.model.embed_tokens(input_ids), None
             for block in self.model.layers:
                 x, residual = block(x, residual, rope, positions, cache)
@@ -113,7 +111,8 @@ class KVCache:
     """The keys and values of the tokens so far: k[i], v[i] [B, Hk, T, D] of each layer, allocated once.
 
     lengths: int32 [B] on the device, the tokens of each row. filled: an upper bound of them that the host knows without reading
-    the device. A row may be shortened by writing to `lengths`: what stands behind its end is overwritten by what comes next.
+    the device. Rows may be shortened by writing to `lengths`: what stands behind their ends is overwritten by what comes next.
+    `filled` may then be lowered too, down to the longest row.
     """
 
     def __init__(self, config, batch, max_length, dtype=torch.float32, device="cpu"):
