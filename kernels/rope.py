@@ -203,6 +203,8 @@ def _rope_append_(
     v_cache: torch.Tensor, positions: torch.Tensor, block_table: Optional[torch.Tensor], interleaved: bool,
 ) -> torch.Tensor:  # fmt: skip
     if uses_triton(q):
+        if not k_cache.is_inference():
+            torch.autograd.graph.increment_version((k_cache, v_cache))  # a kernel's writes are not seen by autograd
         return _rotate(q, k, cos, sin, positions, interleaved, False, v, (k_cache, v_cache), block_table)[0]
     rotated = reference.rope_append_(
         q, k, v, cos, sin, k_cache, v_cache, positions, block_table=block_table, interleaved=interleaved
