@@ -613,18 +613,19 @@ def _gradients(ctx, dout, dlse):
 
 
 def _check(op, q, k, v, softcap, window, axes):
-    check_same(op, q=q, k=k, v=v)
-    dims = len(axes.split(","))
-    heads = axes.split(", ").index("H")
     for name, t in (("q", q), ("k", k), ("v", v)):
-        check(t.dim() == dims, lambda: f"{op}: {name} has shape {tuple(t.shape)}, expected [{axes}]")  # noqa: B023
-    Hq, Hk, D = q.shape[heads], k.shape[heads], q.shape[-1]
+        if t is None:
+            raise TypeError(f"{op}: {name} is None, expected a tensor")
+    check_same(op, q=q, k=k, v=v)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check(t.dim() == len(axes), lambda: f"{op}: {name} has shape {tuple(t.shape)}, expected [{', '.join(axes)}]")  # noqa: B023
+    Hq, Hk, D = q.shape[axes.index("H")], k.shape[axes.index("H")], q.shape[-1]
     check(k.shape[-1] == D, lambda: f"{op}: k has head size {k.shape[-1]}, expected {D} as q")
     check(v.shape == k.shape, lambda: f"{op}: v has shape {tuple(v.shape)}, expected {tuple(k.shape)} as k")
     check(1 <= D <= 256, lambda: f"{op}: q has head size {D}, expected 1 to 256")
     check(Hk > 0 and Hq % Hk == 0, lambda: f"{op}: q has {Hq} heads, expected a multiple of k's {Hk}")
     check(softcap is None or softcap > 0, lambda: f"{op}: softcap is {softcap}, expected a positive number or None")
-    check(window is None or window > 0, lambda: f"{op}: window is {window}, expected a positive number or None")
+    check(window is None or window > 0, lambda: f"{op}: window is {window}, expected a positive integer or None")
 
 
 def _run(q, k, v, starts_q, starts_k, longest_q, longest_k, left, right, scale, softcap, return_lse):
@@ -647,7 +648,7 @@ def flash_attention(q, k, v, *, causal=True, scale=None, window=None, softcap=No
     exponentials, float32 [B, Hq, S]. A row that sees no key gives 0 and -inf. Differentiable in q, k and v.
     Raises ValueError or TypeError for arguments that do not fit. Source: arXiv:2307.08691.
     """
-    _check("flash_attention", q, k, v, softcap, window, "B, H, S, D")
+    _check("flash_attention", q, k, v, softcap, window, ("B", "H", "S", "D"))
     check(
         q.shape[0] == k.shape[0], lambda: f"flash_attention: k has shape {tuple(k.shape)}, expected batch size {q.shape[0]} as q"
     )
@@ -666,7 +667,7 @@ def flash_attention_varlen(
     [tokens, Hq, D] and with return_lse also lse [Hq, tokens]. Everything else as in `flash_attention`.
     """
     op = "flash_attention_varlen"
-    _check(op, q, k, v, softcap, window, "tokens, H, D")
+    _check(op, q, k, v, softcap, window, ("tokens", "H", "D"))
     for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(starts, torch.Tensor) or starts.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{op}: {name} is {getattr(starts, 'dtype', type(starts).__name__)}, expected an int32 or int64 tensor")

@@ -1,0 +1,277 @@
+"""flash_attention against the formula in float64: shapes, spans, layouts, rows that see nothing, determinism, errors."""
+
+import math
+
+import oracle
+import pytest
+import torch
+from trillama.kernels import attention, flash_attention, reference
+from trillama.kernels.dispatch import INTERPRETED, observe
+
+FEW = not (INTERPRETED or torch.cuda.is_available())  # compiled and emulated: seconds for each new shape
+
+
+def cases(*rows):
+    """Test cases; where each costs a compilation only those that begin with "*" run without `-m slow`."""
+    return [pytest.param(*row, id=name.strip("* "), marks=[pytest.mark.slow] * (FEW and name[0] != "*")) for name, *row in rows]
+
+
+def heads(kind, B, H, S, D, dtype):
+    """A random tensor [B, H, S, D] as models hand it over."""
+    if kind == "contiguous":
+        return torch.randn(B, H, S, D).to(dtype)
+    if kind == "transposed":  # [B, S, H, D] in memory
+        return torch.randn(B, S, H, D).to(dtype).transpose(1, 2)
+    if kind == "packed":  # a slice of a projection of q, k and v
+        return torch.randn(B, S, 3 * H, D).to(dtype)[:, :, H : 2 * H].transpose(1, 2)
+    if kind == "odd":  # a slice that begins and strides at no multiple of 16 bytes
+        return torch.randn(B, H, S, D + 3).to(dtype)[..., 1 : D + 1]
+    if kind == "columns":  # the head's elements are not neighbours in memory
+        return torch.randn(B, D, H, S).to(dtype).permute(0, 2, 3, 1)
+    return torch.randn(1, 1, S, D).to(dtype).expand(B, H, S, D)
+
+
+def exactly(q, k, v, causal=True, window=None, **options):
+    left, right = None if window is None else window - 1, 0 if causal else None
+    return oracle.attention(q.double(), k.double(), v.double(), left=left, right=right, **options)
+
+
+def verify(device, q, k, v, **options):
+    on = [t.to(device) if t.device.type != device else t for t in (q, k, v)]
+    same = oracle.unchanged(*on)
+    out, lse = flash_attention(*on, return_lse=True, **options)
+    same()
+    exact, exact_lse = exactly(q, k, v, **options)
+    oracle.check(out, exact, reference.flash_attention(q, k, v, **options))
+    oracle.check(lse, exact_lse)
+    return out, lse
+
+
+SHAPES = cases(
+    # name, B, Hq, Hk, S, T, D, layout, options
+    ("* plain", 2, 4, 2, 150, 150, 64, "transposed", {}),
+    ("  128 wide", 1, 2, 2, 130, 130, 128, "contiguous", {}),
+    ("* 128 wide, longer keys", 1, 2, 1, 100, 230, 128, "transposed", {}),
+    ("* 80 wide", 1, 3, 1, 70, 90, 80, "packed", {}),
+    ("  96 wide", 1, 2, 2, 65, 65, 96, "packed", {}),
+    ("* 256 wide", 1, 2, 1, 66, 100, 256, "contiguous", {}),
+    ("  1 wide", 1, 2, 2, 20, 20, 1, "contiguous", {}),
+    ("  2 wide", 1, 1, 1, 17, 33, 2, "contiguous", {}),
+    ("  7 wide", 1, 2, 1, 40, 40, 7, "transposed", {}),
+    ("  33 wide", 2, 1, 1, 30, 64, 33, "contiguous", {}),
+    ("  100 wide", 1, 2, 2, 50, 50, 100, "transposed", {}),
+    ("  192 wide", 1, 1, 1, 64, 64, 192, "contiguous", {}),
+    ("  255 wide", 1, 1, 1, 31, 31, 255, "contiguous", {}),
+    ("  one query", 2, 4, 2, 1, 100, 64, "transposed", {}),
+    ("  one key", 1, 2, 2, 50, 1, 64, "transposed", {}),
+    ("  one of each", 1, 1, 1, 1, 1, 16, "contiguous", {}),
+    ("  a tile exactly", 1, 1, 1, 128, 128, 64, "contiguous", {}),
+    ("  a tile and one", 1, 1, 1, 129, 129, 64, "contiguous", {}),
+    ("  a tile less one", 1, 1, 1, 127, 127, 64, "contiguous", {}),
+    ("  longer queries", 1, 2, 2, 200, 90, 64, "transposed", {}),
+    ("  much longer queries", 1, 1, 1, 300, 5, 32, "contiguous", {}),
+    ("  MHA", 1, 5, 5, 40, 40, 32, "transposed", {}),
+    ("  ratio 3", 1, 9, 3, 40, 40, 64, "packed", {}),
+    ("  ratio 5", 1, 10, 2, 33, 50, 32, "packed", {}),
+    ("  ratio 7", 2, 7, 1, 33, 33, 32, "packed", {}),
+    ("  ratio 32", 1, 32, 1, 20, 20, 16, "transposed", {}),
+    ("  not causal", 1, 2, 2, 100, 70, 64, "transposed", {"causal": False}),
+    ("* not causal, ragged", 1, 2, 1, 33, 190, 64, "packed", {"causal": False}),
+    ("* window", 1, 2, 1, 150, 200, 64, "transposed", {"window": 70}),
+    ("  window of one", 1, 2, 2, 100, 100, 32, "transposed", {"window": 1}),
+    ("  window of 64", 1, 1, 1, 260, 260, 64, "contiguous", {"window": 64}),
+    ("  wide window", 1, 2, 2, 60, 60, 64, "transposed", {"window": 1000}),
+    ("  window, longer queries", 1, 2, 2, 150, 60, 64, "transposed", {"window": 33}),
+    ("  window, not causal", 1, 2, 2, 140, 100, 64, "transposed", {"window": 20, "causal": False}),
+    ("* softcap", 1, 2, 2, 90, 120, 64, "transposed", {"softcap": 3.0}),
+    ("  large softcap", 1, 2, 2, 70, 70, 64, "transposed", {"softcap": 50.0, "scale": 1.0}),
+    ("  softcap, window", 1, 2, 2, 150, 150, 32, "transposed", {"softcap": 2.0, "window": 50, "scale": -0.5}),
+    ("  scale", 1, 2, 2, 70, 70, 64, "transposed", {"scale": 0.3}),
+    ("  negative scale", 1, 2, 1, 70, 130, 64, "packed", {"scale": -0.2}),
+    ("  zero scale", 1, 2, 1, 70, 130, 64, "transposed", {"scale": 0.0}),
+    ("  odd views", 1, 2, 2, 70, 80, 64, "odd", {}),
+    ("* columns", 1, 2, 2, 70, 80, 64, "columns", {}),
+    ("  expanded", 2, 4, 2, 60, 60, 64, "expanded", {}),
+    ("  everything", 2, 6, 2, 75, 140, 80, "columns", {"window": 40, "softcap": 4.0, "scale": 0.2}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("B", "Hq", "Hk", "S", "T", "D", "layout", "options"), SHAPES)
+def test_shapes(triton, poisoned, device, dtype, B, Hq, Hk, S, T, D, layout, options):
+    q, k, v = heads(layout, B, Hq, S, D, dtype), heads(layout, B, Hk, T, D, dtype), heads(layout, B, Hk, T, D, dtype)
+    verify(device, q, k, v, **options)
+    assert triton.names == ["_forward_kernel"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("T", [511, 1000])
+@pytest.mark.parametrize("S", [257, 1000])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 300}, {"softcap": 5.0, "window": 129}], ids=str)
+def test_long_sequences(triton, poisoned, device, dtype, S, T, D, options):
+    q, k, v = heads("packed", 1, 2, S, D, dtype), heads("packed", 1, 1, T, D, dtype), heads("packed", 1, 1, T, D, dtype)
+    verify(device, q, k, v, **options)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "packed", "odd", "columns", "expanded"])
+def test_views_are_read_in_place(triton, device, layout):
+    q, k, v = (heads(layout, 2, 2, 9, 16, torch.float16).to(device) for _ in range(3))
+    read = []
+
+    def note(kernel, grid, arguments, options):
+        read.extend(t.data_ptr() for t in arguments[:3])
+        return True
+
+    with observe(note):
+        flash_attention(q, k, v)
+    assert read == [t.data_ptr() for t in (q, k, v)]
+
+
+def test_the_output_is_laid_out_for_the_next_projection(triton, device):
+    q, k, v = (heads("contiguous", 2, 3, 10, 16, torch.float16).to(device) for _ in range(3))
+    out = flash_attention(q, k, v)
+    assert out.shape == q.shape
+    assert out.transpose(1, 2).is_contiguous()
+    out, lse = flash_attention(q, k, v, return_lse=True)
+    assert lse.dtype == torch.float32
+    assert lse.shape == (2, 3, 10)
+
+
+@pytest.mark.parametrize(
+    ("B", "Hq", "Hk", "S", "T", "launched"),
+    [(0, 4, 2, 20, 20, 0), (2, 4, 2, 0, 20, 0), (2, 4, 2, 20, 0, 1), (1, 2, 1, 0, 0, 0), (2, 0, 2, 5, 5, 0)],
+)
+def test_empty(triton, poisoned, device, B, Hq, Hk, S, T, launched):
+    q, k, v = (heads("contiguous", B, h, n, 32, torch.float16).to(device) for h, n in ((Hq, S), (Hk, T), (Hk, T)))
+    out, lse = flash_attention(q, k, v, return_lse=True)
+    assert out.shape == (B, Hq, S, 32)
+    assert not out.any()
+    assert (lse == -math.inf).all()
+    assert len(triton.names) == launched
+
+
+def test_rows_that_see_nothing(triton, poisoned, device, dtype):
+    q, k, v = (heads("transposed", 1, 2, n, 64, dtype) for n in (150, 40, 40))
+    out, lse = verify(device, q, k, v)
+    assert not out[:, :, :110].any()
+    assert (lse[:, :, :110] == -math.inf).all()
+    assert lse[:, :, 110:].isfinite().all()
+
+
+@pytest.mark.parametrize("shift", [-3e4, 3e4])
+def test_scores_far_from_zero(triton, device, shift):
+    """A finite mask value would win over scores of -30,000, and exp(30,000) overflows."""
+    q, k, v = (heads("transposed", 1, 1, 70, 16, torch.float32) for _ in range(3))
+    q[..., 0], k[..., 0] = abs(shift) ** 0.5, math.copysign(abs(shift) ** 0.5, shift)
+    out, lse = flash_attention(*(t.to(device) for t in (q, k, v)), scale=1.0, return_lse=True)
+    exact, exact_lse = exactly(q, k, v, scale=1.0)
+    oracle.check(out, exact, fp32=0.02)  # one unit in the last place of such a score is 0.002, in the exponent
+    oracle.check(lse, exact_lse)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_what_a_query_does_not_see_may_be_anything(triton, device, dtype):
+    q, k, v = (heads("transposed", 1, 1, 300, 64, dtype) for _ in range(3))
+    ours = flash_attention(*(t.to(device) for t in (q, k, v))).cpu()
+    k[:, :, 256:], v[:, :, 256:] = math.nan, math.nan
+    changed = flash_attention(*(t.to(device) for t in (q, k, v))).cpu()
+    assert torch.equal(ours[:, :, :128], changed[:, :, :128])
+
+
+def test_same_bits_alone_and_in_company(triton, device, dtype):
+    q, k, v = (heads("transposed", 2, h, 70, 32, dtype).to(device) for h in (4, 2, 2))
+    out = flash_attention(q, k, v)
+    assert torch.equal(out, flash_attention(q, k, v))
+    assert torch.equal(out[1:2], flash_attention(q[1:2], k[1:2], v[1:2]))
+    assert torch.equal(out[:, 2:], flash_attention(q[:, 2:], k[:, 1:], v[:, 1:]))
+
+
+def test_lengths_do_not_recompile(triton, device):
+    if INTERPRETED:
+        pytest.skip("nothing is compiled in the interpreter")
+    kernel = attention._forward_kernel
+
+    def compiled():
+        return sum(len(cache[0]) for cache in kernel.device_caches.values())
+
+    def ask(B, S, T):
+        flash_attention(*(torch.randn(B, n, 2, 64, dtype=torch.float16, device=device).transpose(1, 2) for n in (S, T, T)))
+
+    with observe(lambda kernel, grid, arguments, options: False):
+        ask(1, 16, 16)
+        before = compiled()
+        for B, S, T in [(1, 1, 1), (1, 1, 17), (1, 17, 17), (1, 3, 64), (2, 16, 33), (3, 1, 1)]:
+            ask(B, S, T)
+    assert compiled() == before
+
+
+def test_an_allocator_of_the_users_stays_in_force(triton, device):
+    from trillama.kernels.dispatch import scratch
+    from triton.runtime._allocation import NullAllocator, _allocator
+
+    x = torch.zeros(1, device=device)
+    assert isinstance(_allocator.get(), NullAllocator)
+    with scratch(x):
+        assert _allocator.get()(128, 16, None).nbytes == 128
+    assert isinstance(_allocator.get(), NullAllocator)
+    theirs = lambda size, alignment, stream: None  # noqa: E731
+    token = _allocator.set(theirs)
+    with scratch(x):
+        assert _allocator.get() is theirs
+    _allocator.reset(token)
+
+
+@pytest.mark.slow
+def test_offsets_beyond_31_bits(triton, device):
+    """Keys whose rows lie 64 MiB apart: the last begins behind the first 2^31 elements. Only their pages are ever touched."""
+    T, D, stride = 70, 16, 2**25
+    memory = torch.empty(T * stride, dtype=torch.float16, device=device)
+    k = memory.as_strided((1, 1, T, D), (0, 0, stride, 1)).copy_(torch.randn(1, 1, T, D))
+    q, v = torch.randn(1, 1, 5, D, dtype=torch.float16), torch.randn(1, 1, T, D, dtype=torch.float16)
+    out = flash_attention(q.to(device), k, v.to(device))
+    close = k.cpu().clone()
+    oracle.check(out, exactly(q, close, v)[0], reference.flash_attention(q, close, v))
+
+
+@pytest.mark.host
+def test_opcheck():
+    q, k, v = (torch.randn(2, 6, h, 16).transpose(1, 2).requires_grad_() for h in (4, 2, 2))
+    rest = (None, None, 6, 6, 0.25)
+    for softcap, left, right, need_lse in [(None, None, 0, True), (2.0, 3, 0, True), (None, None, None, True)]:
+        torch.library.opcheck(attention._attention_op, (q, k, v, *rest, softcap, left, right, need_lse))
+    q, k, v = (t.detach() for t in (q, k, v))
+    torch.library.opcheck(attention._attention_op, (q, k, v, *rest, None, None, 0, False))
+
+
+@pytest.mark.host
+def test_compiles_without_a_break_and_for_any_length():
+    torch._dynamo.reset()
+    compiled = torch.compile(flash_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for S in (5, 8, 13):
+        q, k, v = (torch.randn(1, S, h, 16).transpose(1, 2) for h in (4, 2, 2))
+        assert torch.equal(compiled(q, k, v, window=4), flash_attention(q, k, v, window=4))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 3, 4)}, r"flash_attention: q has shape \(2, 3, 4\), expected \[B, H, S, D\]"),
+        ({"q": torch.zeros(1, 3, 5, 8)}, "flash_attention: q has 3 heads, expected a multiple of k's 2"),
+        ({"k": torch.zeros(1, 2, 5, 16)}, "flash_attention: k has head size 16, expected 8 as q"),
+        ({"v": torch.zeros(1, 2, 6, 8)}, r"flash_attention: v has shape \(1, 2, 6, 8\), expected \(1, 2, 5, 8\) as k"),
+        ({"q": torch.zeros(2, 4, 5, 8)}, "flash_attention: k has shape .*, expected batch size 2 as q"),
+        ({"k": torch.zeros(1, 2, 5, 8).half()}, "flash_attention: k is torch.float16, expected torch.float32 as q"),
+        ({"k": torch.zeros(1, 2, 5, 8, device="meta")}, "flash_attention: k is on meta, expected cpu as q"),
+        ({"q": torch.zeros(1, 4, 5, 8).int()}, "flash_attention: q is torch.int32, expected a floating-point dtype"),
+        ({"q": None}, "flash_attention: q is None, expected a tensor"),
+        ({"window": 0}, "flash_attention: window is 0, expected a positive integer or None"),
+        ({"softcap": -1.0}, "flash_attention: softcap is -1.0, expected a positive number or None"),
+        ({k: torch.zeros(1, 2, 5, 257) for k in "qkv"}, "flash_attention: q has head size 257, expected 1 to 256"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    arguments = {"q": torch.zeros(1, 4, 5, 8), "k": torch.zeros(1, 2, 5, 8), "v": torch.zeros(1, 2, 5, 8), **change}
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        flash_attention(**arguments)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,157 @@
+"""Gradients of flash_attention against float64 autograd of the formula."""
+
+import oracle
+import pytest
+import torch
+from trillama.kernels import attention, flash_attention, reference
+from trillama.kernels.dispatch import INTERPRETED
+
+FEW = not (INTERPRETED or torch.cuda.is_available())  # compiled and emulated: seconds for each new shape
+KERNELS = ["_forward_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel"]
+
+
+def cases(*rows):
+    """Test cases; where each costs a compilation only those that begin with "*" run without `-m slow`."""
+    return [pytest.param(*row, id=name.strip("* "), marks=[pytest.mark.slow] * (FEW and name[0] != "*")) for name, *row in rows]
+
+
+def leaf(B, H, S, D, dtype):
+    return torch.randn(B, S, H, D).to(dtype).transpose(1, 2)
+
+
+def gradients(function, tensors, dout, dlse=None, **options):
+    """(out, dq, dk, dv) with the given gradients of out and, if there is one, of lse."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out, lse = function(*leaves, return_lse=True, **options)
+    ends, starts = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse.to(lse.dtype)])
+    return out, *torch.autograd.grad(ends, leaves, starts)
+
+
+def exactly(q, k, v, *, causal=True, window=None, return_lse=True, **options):
+    return oracle.attention(q, k, v, left=None if window is None else window - 1, right=0 if causal else None, **options)
+
+
+SHAPES = cases(
+    # name, B, Hq, Hk, S, T, D, options, with a gradient of lse
+    ("* plain", 2, 2, 1, 70, 70, 64, {}, False),
+    ("* 128 wide, longer keys", 1, 2, 1, 70, 140, 128, {}, True),
+    ("  80 wide", 1, 3, 1, 70, 90, 80, {}, False),
+    ("  96 wide", 1, 2, 2, 40, 40, 96, {}, False),
+    ("  256 wide", 1, 1, 1, 40, 70, 256, {}, False),
+    ("  7 wide", 1, 2, 1, 40, 40, 7, {}, True),
+    ("  one query", 1, 4, 2, 1, 50, 32, {}, False),
+    ("  longer queries", 1, 2, 2, 150, 70, 64, {}, True),
+    ("  ratio 7", 1, 7, 1, 33, 40, 32, {}, False),
+    ("  not causal", 1, 2, 1, 70, 150, 64, {"causal": False}, True),
+    ("* window", 1, 2, 1, 150, 200, 64, {"window": 70}, False),
+    ("  window, longer queries", 1, 2, 2, 150, 60, 64, {"window": 33}, True),
+    ("  window, not causal", 1, 2, 2, 140, 100, 32, {"window": 20, "causal": False}, True),
+    ("* softcap", 1, 2, 2, 90, 100, 64, {"softcap": 3.0}, True),
+    ("  softcap, window, scale", 1, 2, 2, 70, 70, 32, {"softcap": 2.0, "window": 20, "scale": 0.7}, True),
+    ("  negative scale", 1, 2, 1, 70, 70, 32, {"scale": -0.2}, True),
+    ("  zero scale", 1, 2, 1, 40, 40, 32, {"scale": 0.0}, True),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("B", "Hq", "Hk", "S", "T", "D", "options", "with_lse"), SHAPES)
+def test_gradients(triton, poisoned, device, dtype, B, Hq, Hk, S, T, D, options, with_lse):
+    tensors = leaf(B, Hq, S, D, dtype), leaf(B, Hk, T, D, dtype), leaf(B, Hk, T, D, dtype)
+    dout = torch.randn(B, Hq, S, D).to(dtype)
+    exact_lse = exactly(*(t.double() for t in tensors), **options)[1]
+    dlse = torch.where(exact_lse.isfinite(), torch.randn(B, Hq, S), 0.0) if with_lse else None
+    on = [t.to(device) for t in tensors]
+    same = oracle.unchanged(*on)
+    got = gradients(flash_attention, on, dout.to(device), None if dlse is None else dlse.to(device), **options)
+    same()
+    assert triton.names == KERNELS
+    exact = gradients(exactly, [t.double() for t in tensors], dout.double(), dlse, **options)
+    plain = gradients(reference.flash_attention, tensors, dout, dlse, **options) if dtype != torch.float32 else exact
+    for g, e, p in zip(got, exact, plain):
+        oracle.check(g, e, p, fp32=1e-5)
+
+
+def test_of_lse_alone(triton, poisoned, device):
+    tensors = [torch.randn(1, h, 40, 32) for h in (2, 1, 1)]
+    dlse = torch.randn(1, 2, 40)
+
+    def of_lse(function, tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        lse = function(*leaves, return_lse=True)[1]
+        return torch.autograd.grad(lse, leaves, dlse.to(lse), allow_unused=True)
+
+    got, exact = of_lse(flash_attention, [t.to(device) for t in tensors]), of_lse(exactly, [t.double() for t in tensors])
+    oracle.check(got[0], exact[0], fp32=1e-5)
+    oracle.check(got[1], exact[1], fp32=1e-5)
+    assert got[2] is None or not got[2].any()
+
+
+def test_views_of_a_packed_projection(triton, poisoned, device):
+    """The gradient of qkv [B, S, (Hq + 2 Hk) D] through views, with a gradient of out that has no memory of its own."""
+    B, S, Hq, Hk, D = 2, 50, 4, 2, 32
+    packed = torch.randn(B, S, Hq + 2 * Hk, D)
+
+    def through(function, leaf):
+        q, k, v = (t.transpose(1, 2) for t in leaf.split((Hq, Hk, Hk), 2))
+        return torch.autograd.grad(function(q, k, v)[0].sum(), leaf)[0]
+
+    got = through(lambda *t: flash_attention(*t, return_lse=True), packed.to(device).requires_grad_())
+    oracle.check(got, through(exactly, packed.double().requires_grad_()), fp32=1e-5)
+
+
+@pytest.mark.parametrize(("frozen", "kernels"), [((1, 2), KERNELS[:3]), ((0,), [*KERNELS[:2], KERNELS[3]]), ((0, 1), None)])
+def test_frozen_inputs(triton, poisoned, device, frozen, kernels):
+    tensors = [torch.randn(1, h, 30, 16, device=device).requires_grad_(i not in frozen) for i, h in enumerate((2, 1, 1))]
+    flash_attention(*tensors).square().sum().backward()
+    assert kernels is None or triton.names == kernels
+    for i, t in enumerate(tensors):
+        assert (t.grad is None) == (i in frozen)
+        assert t.grad is None or t.grad.isfinite().all()
+
+
+def test_a_second_backward_gives_the_same_bits(triton, device, dtype):
+    tensors = [torch.randn(1, h, 70, 32).to(dtype).to(device).requires_grad_() for h in (2, 1, 1)]
+    out = flash_attention(*tensors)
+    first = torch.autograd.grad(out.square().sum(), tensors, retain_graph=True)
+    second = torch.autograd.grad(out.square().sum(), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize(("B", "S", "T"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (1, 0, 0)])
+def test_empty(triton, poisoned, device, B, S, T):
+    tensors = [torch.randn(B, h, n, 16, device=device).requires_grad_() for h, n in ((4, S), (2, T), (2, T))]
+    flash_attention(*tensors).sum().backward()
+    assert all(t.grad.shape == t.shape and not t.grad.any() for t in tensors)
+
+
+@pytest.mark.host
+def test_gradcheck_of_the_reference():
+    q, k, v = (torch.randn(1, h, n, 5, dtype=torch.float64, requires_grad=True) for h, n in ((4, 6), (2, 9), (2, 9)))
+    for options in ({}, {"window": 4}, {"softcap": 2.0, "scale": 0.7}, {"causal": False, "window": 3}):
+        assert torch.autograd.gradcheck(lambda *t, o=options: flash_attention(*t, return_lse=True, **o), (q, k, v))
+
+
+@pytest.mark.host
+def test_a_second_derivative_is_refused():
+    q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
+    (dq,) = torch.autograd.grad(flash_attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        dq.sum().backward()
+
+
+@pytest.mark.host
+def test_opcheck():
+    q, k, v = (torch.randn(2, 6, h, 16).transpose(1, 2) for h in (4, 2, 2))
+    rest = (None, None, 6, 6, 0.25, None, 3, 0)
+    out, lse = attention._attention_op(q, k, v, *rest, True)
+    arguments = torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *rest
+    for need in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(attention._backward_op, (*arguments, *need))
+
+
+@pytest.mark.host
+def test_training_compiles_without_a_break():
+    q, k, v = (torch.randn(1, h, 9, 16, requires_grad=True) for h in (4, 2, 2))
+    step = torch.compile(lambda *t: flash_attention(*t).square().sum(), fullgraph=True, backend="aot_eager")
+    eager = torch.autograd.grad(flash_attention(q, k, v).square().sum(), (q, k, v))
+    for a, b in zip(torch.autograd.grad(step(q, k, v), (q, k, v)), eager):
+        assert torch.equal(a, b)
