@@ -85,7 +85,7 @@ class Case:
 
     @property
     def shape(self):
-        keys = f", {self.context} keys" if OPS[self.op].phase == "decode" and "attention" in self.op else ""
+        keys = f", {self.context} keys" if self.op == "decode_attention" else ""
         return f"{self.batch} x {self.tokens}{keys}"
 
     def inputs(self, device="cpu", empty=False):
@@ -137,6 +137,7 @@ class Op:
     differentiable: tuple = ()
     flops: Callable = lambda a: 0
     models: tuple = ("Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B/8")
+    function: str = ""  # the name in trillama.kernels, where it is not the op's
 
 
 def _qkv(c, make):
@@ -197,6 +198,27 @@ def _products(a):
     return 4 * B * H * D * (S * T - S * (S - 1) // 2)
 
 
+def _down(c, make):
+    return {
+        "x": make(c.batch, c.tokens, c.m.ffn), "weight": make(c.m.hidden, c.m.ffn), "residual": make(c.batch, c.tokens, c.m.hidden)
+    }  # fmt: skip
+
+
+def _norm_gate_up(c, make):
+    x, weight, norm = make(c.batch, c.tokens, c.m.hidden), make(2 * c.m.ffn, c.m.hidden), make(c.m.hidden)
+    return {"x": x, "weight": weight, "norm": norm, "activation": "swiglu"}
+
+
+def _linear_bytes(a):
+    rows, N, e = a["x"].shape[:-1].numel(), a["weight"].shape[0], a["x"].element_size()
+    out = N // 2 if a.get("activation") else N
+    return size(a["x"], a["weight"], a.get("norm"), a.get("bias"), a.get("residual")) + rows * out * e
+
+
+def _linear_flops(a):
+    return 2 * a["x"].shape[:-1].numel() * a["weight"].numel()
+
+
 def _hidden(c):
     return f"hidden {c.m.hidden}"
 
@@ -242,12 +264,19 @@ OPS = {
         "decode", _decode, _heads, lambda a: size(a["q"], a["q"], a["k_cache"], a["v_cache"], a["lengths"]), flops=_products,
         models=HEADS,
     ),
+    "decode_linear": Op(
+        "decode", _down, lambda c: f"{c.m.hidden} x {c.m.ffn}", _linear_bytes, flops=_linear_flops, models=WIDTHS[:-1],
+    ),
+    "decode_linear swiglu": Op(
+        "decode", _norm_gate_up, lambda c: f"{2 * c.m.ffn} x {c.m.hidden}", _linear_bytes, flops=_linear_flops,
+        models=WIDTHS[:-1], function="decode_linear",
+    ),
 }  # fmt: skip
 
 
 def available():
     """The ops that this version of trillama.kernels has."""
-    return [name for name in OPS if hasattr(kernels, name)]
+    return [name for name, op in OPS.items() if hasattr(kernels, op.function or name)]
 
 
 def case(op, model, *, batch=1, tokens=None, context=None, dtype="bf16", backward=False, engine="trillama"):
@@ -255,8 +284,3 @@ def case(op, model, *, batch=1, tokens=None, context=None, dtype="bf16", backwar
     decode = OPS[op].phase == "decode"
     tokens = tokens or (1 if decode else 4096)
     return Case(op, model, batch, tokens, context or (8192 if decode else tokens), dtype, backward, engine)
-
-
-def differentiable(op):
-    """Whether the op has a backward in this version."""
-    return bool(OPS[op].differentiable)

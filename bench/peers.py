@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import kernels
+from .cases import OPS
 
 # --- plain PyTorch, as transformers writes it ----------------------------------------------------------------------------
 
@@ -62,6 +63,14 @@ class eager:
         unseen = torch.arange(k.shape[2], device=q.device) >= lengths.view(-1, 1, 1, 1)
         scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).masked_fill(unseen, float("-inf"))
         return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+    @staticmethod
+    def decode_linear(x, weight, norm=None, residual=None, activation=None):
+        y = F.linear(x if norm is None else eager.rms_norm(x, norm), weight)
+        if activation:
+            y = eager.swiglu(*y.chunk(2, -1))
+        return y if residual is None else y + residual
 
 
 class sdpa:
@@ -132,21 +141,22 @@ PACKAGES = {"liger": "liger_kernel", "flash_attn": "flash_attn"}
 
 def engine(op, name):
     """The function with which the engine `name` computes `op`."""
+    function = OPS[op].function or op
     if name == "trillama":
-        return getattr(kernels, op)
+        return getattr(kernels, function)
     if name == "compile":
-        return _compiled(op)
-    return getattr(globals()[name], op)
+        return _compiled(function)
+    return getattr(globals()[name], function)
 
 
 @functools.cache
-def _compiled(op):
-    return torch.compile(getattr(eager, op), fullgraph=True, dynamic=False)
+def _compiled(function):
+    return torch.compile(getattr(eager, function), fullgraph=True, dynamic=False)
 
 
 def why_not(op, name, device):
     """None if the engine can run the op on a device of that type, "" if it has no such op, else the reason why it cannot."""
-    if name in ("sdpa", *PACKAGES) and not hasattr(globals()[name], op):
+    if name in ("sdpa", *PACKAGES) and not hasattr(globals()[name], OPS[op].function or op):
         return ""
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
         return "not installed"
