@@ -9,6 +9,8 @@ import torch
 from trillama.kernels import rope_tables
 from trillama.kernels.frequencies import context_length, rope_parameters, same_frequencies
 
+pytestmark = pytest.mark.host
+
 PHI = {
     "rope_type": "longrope", "short_factor": [1 + 0.01 * i for i in range(16)], "long_factor": [1 + 0.5 * i for i in range(16)],
     "original_max_position_embeddings": 64,
