@@ -6,7 +6,7 @@ it). Nothing here was timed: among the configurations that fit, the one with the
 
 from dataclasses import dataclass
 
-from .dispatch import next_power_of_2
+from .dispatch import INTERPRETED, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -170,5 +170,7 @@ def linear(arch, columns, itemsize, swiglu, rows):
     than a multiprocessor's share of the bandwidth-latency product. Short rows take 512 bytes, so that little of the last tile is
     empty; so do SwiGLU, whose tiles are two, and float32, whose products keep more in registers.
     """
+    if INTERPRETED:  # programs run one after the other there: few and large
+        return Linear(next_power_of_2(rows), 256, 128, 4, 4, 1)
     long = columns >= 2048 and itemsize == 2 and not swiglu
     return Linear(next_power_of_2(rows), 16, (256 if long else 128) // itemsize, 4, 4, 4)

@@ -1,12 +1,9 @@
 """A thin model on the kernels: checkpoints of several families and formats in, text out."""
 
 import importlib
-import sys
-import types
 
+_HOMES = {"KVCache": ".llama", "Llama": ".llama", "Tokenizer": ".tokenizer", "generate": ".generation"}
 __all__ = ["KVCache", "Llama", "Tokenizer", "generate"]
-
-_HOMES = {"KVCache": ".llama", "Llama": ".llama", "Tokenizer": ".tokenizer"}
 
 
 def __getattr__(name):
@@ -18,16 +15,3 @@ def __getattr__(name):
 
 def __dir__():
     return __all__
-
-
-class _Package(types.ModuleType):
-    @property
-    def generate(self):
-        return importlib.import_module(".generate", __name__).generate
-
-    @generate.setter
-    def generate(self, module):
-        """The import system leaves the module of this name here; the name stands for the function in it."""
-
-
-sys.modules[__name__].__class__ = _Package

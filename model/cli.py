@@ -84,7 +84,7 @@ def _generate(options):
     import torch
 
     from ..kernels import use_backend
-    from .generate import generate
+    from .generation import generate
     from .llama import Llama
     from .tokenizer import Tokenizer
 

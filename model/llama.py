@@ -14,6 +14,7 @@ from ..kernels import (
     add_rms_norm,
     apply_rope,
     decode_attention,
+    decode_linear,
     flash_attention,
     rms_norm,
     rope_append_,
@@ -22,6 +23,8 @@ from ..kernels import (
 )
 from ..kernels.frequencies import same_frequencies
 from .config import Config
+
+FEW_ROWS = 8  # tokens in a call up to which `decode_linear` has one pass over the weight for all of them
 
 
 class Llama(nn.Module):
@@ -185,10 +188,23 @@ class Block(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, residual, rope, positions, cache):
+        if cache is not None and x.shape[:-1].numel() <= FEW_ROWS:
+            return self.decode(x, rope, positions, cache), None
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, rope, positions, cache)
+        x = self.self_attn.o_proj(self.self_attn(self.self_attn.qkv_proj(x), rope, positions, cache))
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
+
+    def decode(self, x, rope, positions, cache):
+        """The same for a few tokens, whose time is that of reading the weights: six launches, norms and sums in the products."""
+        before, attention, after, mlp = self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp
+        qkv = decode_linear(x, attention.qkv_proj.weight, bias=attention.qkv_proj.bias, norm=before.weight, eps=before.eps)
+        out = attention(qkv, rope, positions, cache)
+        x = decode_linear(out, attention.o_proj.weight, bias=attention.o_proj.bias, residual=x)
+        y = decode_linear(
+            x, mlp.gate_up_proj.weight, bias=mlp.gate_up_proj.bias, norm=after.weight, eps=after.eps, activation="swiglu"
+        )
+        return decode_linear(y, mlp.down_proj.weight, bias=mlp.down_proj.bias, residual=x)
 
 
 class Attention(nn.Module):
@@ -204,9 +220,10 @@ class Attention(nn.Module):
         self.q_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x, rope, positions, cache):
-        B, S, _ = x.shape
-        q, k, v = self.qkv_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2).split(self.heads, 1)
+    def forward(self, qkv, rope, positions, cache):
+        """What o_proj takes, [B, S, Hq D], of what qkv_proj gives."""
+        B, S, _ = qkv.shape
+        q, k, v = qkv.view(B, S, -1, self.head_dim).transpose(1, 2).split(self.heads, 1)
         if self.q_norm is not None:
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
         cos, sin = rope[self.rotary]
@@ -220,7 +237,7 @@ class Attention(nn.Module):
                 out = flash_attention(q, keys[:, :, :S], values[:, :, :S], window=self.window)
             else:
                 out = decode_attention(q, keys, values, cache.lengths, window=self.window)
-        return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+        return out.transpose(1, 2).reshape(B, S, -1)
 
 
 class MLP(nn.Module):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from trillama.model import Llama, generate
-from trillama.model.generate import sample
+from trillama.model.generation import sample
 
-flags = importlib.import_module("trillama.model.generate")  # the package's attribute of this name is the function
+flags = importlib.import_module("trillama.model.generation")
 pytestmark = pytest.mark.host
 
 SIZES = {

@@ -140,14 +140,11 @@ def test_triton_agrees_with_the_reference(model, tokenizer, triton):
             return [model(step, cache) for step in steps]
 
     ours = run()
-    ran = {*triton.names}
-    assert len(triton.names) >= 4 * 30 * 5
+    assert len(triton.names) == 4 * (6 * 30 + 1)  # six launches a layer and the last norm; the prompt is short enough for it too
     with use_backend("reference"):
         expected = run()
     for a, b in zip(ours, expected):
         assert oracle.error(a, b) < 1e-5
-    for part in ("rms_norm", "rope", "swiglu", "decode", "forward"):
-        assert any(part in name for name in ran), f"no kernel called like {part} among {ran}"
 
 
 def test_bfloat16_is_close(smollm2_gguf, model, tokenizer):
