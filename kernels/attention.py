@@ -628,6 +628,21 @@ def _check(op, q, k, v, softcap, window, axes):
     check(window is None or window > 0, lambda: f"{op}: window is {window}, expected a positive integer or None")
 
 
+def _check_starts(op, q, cu_seqlens_q, cu_seqlens_k):
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(starts, torch.Tensor) or starts.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: {name} is {getattr(starts, 'dtype', type(starts).__name__)}, expected an int32 or int64 tensor")
+        check(starts.device == q.device, lambda: f"{op}: {name} is on {starts.device}, expected {q.device} as q")  # noqa: B023
+        check(
+            starts.dim() == 1 and len(starts) >= 1 and starts.stride(0) == 1,
+            lambda: f"{op}: {name} has shape {tuple(starts.shape)}, expected [sequences + 1], contiguous",  # noqa: B023
+        )
+    check(
+        len(cu_seqlens_q) == len(cu_seqlens_k),
+        lambda: f"{op}: cu_seqlens_k has {len(cu_seqlens_k)} entries, expected {len(cu_seqlens_q)} as cu_seqlens_q",
+    )
+
+
 def _run(q, k, v, starts_q, starts_k, longest_q, longest_k, left, right, scale, softcap, return_lse):
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     need_lse = return_lse or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
@@ -668,18 +683,7 @@ def flash_attention_varlen(
     """
     op = "flash_attention_varlen"
     _check(op, q, k, v, softcap, window, ("tokens", "H", "D"))
-    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if not isinstance(starts, torch.Tensor) or starts.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: {name} is {getattr(starts, 'dtype', type(starts).__name__)}, expected an int32 or int64 tensor")
-        check(starts.device == q.device, lambda: f"{op}: {name} is on {starts.device}, expected {q.device} as q")  # noqa: B023
-        check(
-            starts.dim() == 1 and len(starts) >= 1 and starts.stride(0) == 1,
-            lambda: f"{op}: {name} has shape {tuple(starts.shape)}, expected [sequences + 1], contiguous",  # noqa: B023
-        )
-    check(
-        len(cu_seqlens_q) == len(cu_seqlens_k),
-        lambda: f"{op}: cu_seqlens_k has {len(cu_seqlens_k)} entries, expected {len(cu_seqlens_q)} as cu_seqlens_q",
-    )
+    _check_starts(op, q, cu_seqlens_q, cu_seqlens_k)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     out, lse = _run(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *reference.span(causal, window), scale, softcap, return_lse
