@@ -12,14 +12,12 @@ Formulas in float64 and the comparison rules are in tests/oracle.py.
 """
 
 import os
-import sys
 
 import pytest
 
-if "--benchmark" not in sys.argv:
-    # The tests are many small products: threads cost more than they give, above all beside other work on the same cores.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# The tests are many small products: threads cost more than they give, above all beside other work on the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
