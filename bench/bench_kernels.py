@@ -8,7 +8,6 @@ reference path at smaller shapes, and what only a GPU can tell says so. The firs
 
 import dataclasses
 import json
-import statistics
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from trillama.bench import plots
 from trillama.bench.cases import OPS, Case, available, case
 from trillama.bench.peers import ENGINES, why_not
 from trillama.bench.roofline import GPUS, bound
+from trillama.bench.timing import device_seconds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU_ONLY = "needs a GPU"
@@ -100,49 +100,6 @@ def rates(c, seconds):
         "flops_bound": c.flops > 100 * c.moved,  # more than a hundred FLOP a byte: no datasheet has memory as the bound there
         "of_bound": bound(gpu, c.moved, c.flops, c.itemsize) / seconds if gpu else None,
     }
-
-
-# --- the device's own time ---------------------------------------------------------------------------------------------
-
-
-def device_seconds(c, repeats=20):
-    """(median by events, mean by graph replay or None) of one call, its data in HBM."""
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    copies = max(2, min(64, -(-4 * l2 // max(1, c.moved))))
-    runs = [c.prepare(c.inputs(DEVICE)) for _ in range(copies)]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for run in runs:
-            run()
-    torch.cuda.synchronize()
-
-    times = []
-    for _ in range(repeats):
-        for run in runs:
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            stop.record()
-            times.append((start, stop))
-    torch.cuda.synchronize()
-    events = statistics.median(a.elapsed_time(b) for a, b in times) / 1e3
-
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            kept = [run() for run in runs]
-    except Exception:  # an engine whose host code waits for the device cannot be captured
-        torch.cuda.synchronize()
-        return events, None
-    graph.replay()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        graph.replay()
-    stop.record()
-    torch.cuda.synchronize()
-    del kept
-    return events, start.elapsed_time(stop) / 1e3 / repeats / copies
 
 
 # --- the end of the run ------------------------------------------------------------------------------------------------

@@ -343,4 +343,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"trillama: error: {error}", file=sys.stderr)
+        sys.exit(2)

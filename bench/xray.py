@@ -572,4 +572,8 @@ def versions():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"trillama: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -4,9 +4,44 @@ Every entry compiles without register spills and within its architecture's share
 it). Nothing here was timed: among the configurations that fit, the one with the better instruction mix was taken (bench/LOG.md).
 """
 
+import dataclasses
+import functools
+import json
+import os
 from dataclasses import dataclass
 
 from .dispatch import INTERPRETED, next_power_of_2
+
+
+@functools.cache
+def measured():
+    """What `python -m trillama.bench.tune` measured on this machine, if TRILLAMA_TUNING names its file: the fields of entries, by
+    (function, arguments)."""
+    file = os.environ.get("TRILLAMA_TUNING")
+    if not file:
+        return {}
+    try:
+        with open(file, encoding="utf-8") as opened:
+            return {(e["function"], tuple(e["arguments"])): e["entry"] for e in json.load(opened)["entries"]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"TRILLAMA_TUNING names {file}, expected a file of trillama.bench.tune: {error!r}") from None
+
+
+def tunable(choose):
+    """The entry that the function chooses, remembered (it is asked for at every launch), unless a measured one takes its place."""
+
+    @functools.cache
+    @functools.wraps(choose)
+    def entry(*arguments, **named):
+        chosen = choose(*arguments, **named)
+        fields = measured().get((choose.__name__, (*arguments, *named.values())))
+        if fields is None:
+            return chosen
+        if isinstance(chosen, tuple):  # one entry a kernel
+            return tuple(dataclasses.replace(c, **f) for c, f in zip(chosen, fields))
+        return dataclasses.replace(chosen, **fields)
+
+    return entry
 
 
 @dataclass(frozen=True)
@@ -18,6 +53,7 @@ class Rows:
     warps: int
 
 
+@tunable
 def rows(n, itemsize, tensors=1):
     """Row kernels that hold `tensors` rows of n elements at once.
 
@@ -52,6 +88,7 @@ class Rope:
     warps: int
 
 
+@tunable
 def rope(half, rest, common, itemsize):
     """half: pairs of a head; rest: elements that pass through; common: greatest common divisor of the numbers of heads.
 
@@ -65,6 +102,7 @@ def rope(half, rest, common, itemsize):
     return Rope(max(1, warps * 32 // (lanes * block_h)), block_h, block_half, next_power_of_2(rest) if rest else 0, warps)
 
 
+@tunable
 def elementwise(n, itemsize):
     """Elementwise kernels over rows of n: a thread computes two 128-bit pieces, a program of 4 warps walks no further."""
     size = 2 * 4 * 32 * 16 // itemsize
@@ -88,6 +126,7 @@ class Decode:
     stages: int
 
 
+@tunable
 def decode(arch, head_dim, itemsize, rows):
     """`rows`: the query heads of a group times the new tokens.
 
@@ -109,19 +148,21 @@ def decode(arch, head_dim, itemsize, rows):
 @dataclass(frozen=True)
 class Attention:
     """A tile of block_m queries that walks the keys block_n at a time, `stages` tiles of keys and values in flight, read through
-    tensor descriptors or pointers."""
+    tensor descriptors or pointers. optimistic: the maximum of a tile is taken only when a score outgrows the one before."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     descriptors: bool = False
+    optimistic: bool = False
 
 
 def block_d(head_dim):
     return max(16, next_power_of_2(head_dim))
 
 
+@tunable
 def attention(arch, head_dim, itemsize):
     """The forward pass of attention."""
     if itemsize == 4:
@@ -133,6 +174,7 @@ def attention(arch, head_dim, itemsize):
     return Attention(64, 32, 4, 2, arch >= 90)
 
 
+@tunable
 def attention_backward(arch, head_dim, itemsize):
     """The backward pass: the kernel for dq, which walks the keys, and the one for dk and dv, which walks the queries."""
     if itemsize == 4:
@@ -162,6 +204,7 @@ class Linear:
     stages: int
 
 
+@tunable
 def linear(arch, columns, itemsize, swiglu, rows):
     """`columns` of the weight, `rows` of x.
 
