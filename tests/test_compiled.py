@@ -43,8 +43,8 @@ def violations(r):
         found.append(f"{r['f64']} float64 instructions")
     # Scalars are read and written around the loop, data within it.
     where = r["loop"] or r
-    # Positions and the block table; the two statistics of a row.
-    allowed = {"rope_append_": 3, "flash_attention backward": 2}.get(r["op"], 0)
+    # Positions and the block table; the two statistics of a row; x and norm, a row that comes from L2.
+    allowed = {"rope_append_": 3, "flash_attention backward": 2, "decode_linear": 2, "decode_linear swiglu": 2}.get(r["op"], 0)
     for kind in ("loads", "stores"):
         narrow = {width: n for width, n in where[kind].items() if width not in ("128", "256", "TMA")}
         if sum(narrow.values()) > allowed:
