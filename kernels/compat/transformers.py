@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 from .. import attention as kernels
 from ..decode import decode_attention
@@ -55,11 +55,11 @@ class Packed:
 
 def _read(mask_function):
     """(causal, window, ids of packed sequences) of the functions that transformers composes a mask of."""
-    name = mask_function.__qualname__.split(".")[0]
-    if name == "causal_mask_function":
+    if mask_function is masking_utils.causal_mask_function:
         return True, None, None
-    if name == "bidirectional_mask_function":
+    if mask_function is getattr(masking_utils, "bidirectional_mask_function", None):
         return False, None, None
+    name = mask_function.__qualname__.split(".")[0]
     if name in ("sliding_window_overlay", "packed_sequence_mask_function", "remap_positions_for_packed_sequence", "and_masks"):
         inner = mask_function.__closure__[0].cell_contents
         if name == "sliding_window_overlay":
