@@ -261,7 +261,7 @@ def small(case):
     from dataclasses import replace
 
     # A norm's backward adds up dweight in a fixed number of rows: with few tokens these would weigh too much.
-    enough = 1024 if case.backward and "norm" in case.op else 256 if "attention" in case.op else 32
+    enough = 512 if case.backward and "norm" in case.op else 256 if "attention" in case.op else 16
     tokens = min(case.tokens, enough)
     if "linear" in case.op:  # whose weight is all that counts
         return replace(case, model="SmolLM2-135M")
