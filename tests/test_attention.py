@@ -246,6 +246,7 @@ def test_opcheck():
 @pytest.mark.host
 def test_compiles_without_a_break_and_for_any_length():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(flash_attention, fullgraph=True, backend="aot_eager", dynamic=True)
     for S in (5, 8, 13):
         q, k, v = (torch.randn(1, S, h, 16).transpose(1, 2) for h in (4, 2, 2))

@@ -70,7 +70,7 @@ def test_the_command(tmp_path):
     """The whole way on a few entries: table, JSON, plots."""
     pytest.importorskip("pytest_benchmark")
     pytest.importorskip("matplotlib")
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS" and not k.startswith("PYTEST")}
     plots = tmp_path / "plots"
     command = [sys.executable, "-m", "pytest", "--benchmark", "--benchmark-plots", str(plots), "-q", "-p", "no:cacheprovider",
                "-k", "rms_norm-SmolLM2-135M-1"]  # fmt: skip

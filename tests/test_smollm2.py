@@ -129,6 +129,7 @@ def test_cache_and_no_cache_agree(model, continued):
     assert generate(model, [prompt], max_new_tokens=8, eos=[], use_cache=False)[0].tolist() == new[:8]
 
 
+@pytest.mark.slow
 def test_triton_agrees_with_the_reference(model, tokenizer, triton):
     """A prefill and three decode steps of the whole model through the Triton kernels."""
     ids = torch.tensor([encode(tokenizer, "a fact")])
