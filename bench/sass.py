@@ -24,6 +24,7 @@ _CONTROL = {"BRA", "BRX", "JMP", "EXIT", "RET", "CALL", "BAR", "BSSY", "BSYNC", 
             "USETMAXREG"}  # fmt: skip
 LOADS = ("LDG", "LDGSTS", "LD", "UTMALDG", "UBLKCP")  # of global memory
 STORES = ("STG", "ST", "UTMASTG", "RED", "REDG", "ATOMG", "ATOM")
+_ISSUED = ("UTMALDG", "UTMASTG", "UBLKCP", "UTCBAR", "SYNCS", "BAR")
 _F64 = re.compile(r"^D(ADD|MUL|FMA|SETP|MMA|MNMX)$")
 
 
@@ -128,12 +129,8 @@ def body(code):
     return code[: max((i + 1 for i, end in enumerate(ends) if end), default=len(code))]
 
 
-def loops(code):
-    """The natural loops of the control-flow graph, innermost first, as lists of instructions.
-
-    A loop is what can reach a back edge without passing its header; a back edge leads to a block that dominates its source
-    (Aho, Lam, Sethi, Ullman, Compilers, 9.6). Waiting loops that the compiler put out of line are thus not mistaken for long ones.
-    """
+def _graph(code):
+    """(blocks as ranges of indices, the blocks that may follow each, its dominators as a set of bits)"""
     at = {x.address: i for i, x in enumerate(code)}
     targets = [at.get(x.target()) if x.opcode in ("BRA", "BSSY", "CALL") else None for x in code]
     jumps = ("BRA", "EXIT", "RET", "BRX")
@@ -167,7 +164,18 @@ def loops(code):
             new |= 1 << b
             changed |= new != dominators[b]
             dominators[b] = new
+    return blocks, following, dominators
 
+
+def loops(code):
+    """The natural loops of the control-flow graph, innermost first, as lists of instructions.
+
+    A loop is what can reach a back edge without passing its header; a back edge leads to a block that dominates its source
+    (Aho, Lam, Sethi, Ullman, Compilers, 9.6). Waiting loops that the compiler put out of line are thus not mistaken for long ones.
+    """
+    blocks, following, dominators = _graph(code)
+    before = [[a for a, f in enumerate(following) if b in f] for b in range(len(blocks))]
+    everything = (1 << len(blocks)) - 1
     found = {}
     for tail, after in enumerate(following):
         for header in after:
@@ -183,6 +191,23 @@ def loops(code):
     return [[code[i] for b in m for i in blocks[b]] for m in sorted(found, key=lambda m: sum(len(blocks[b]) for b in m))]
 
 
+def steady(code, loop):
+    """The instructions of a loop that every iteration executes: what a branch may skip is left out. Blocks that issue matrix work,
+    copies or barriers belong to it: those branches choose a warp for them, not an iteration."""
+    blocks, following, dominators = _graph(code)
+    addresses = {x.address for x in loop}
+    inside = [b for b, block in enumerate(blocks) if code[block[0]].address in addresses]
+    header = next(h for h in inside if all(dominators[b] >> h & 1 for b in inside))
+    tails = [b for b in inside if header in following[b]]
+    always = [
+        b
+        for b in inside
+        if all(dominators[tail] >> b & 1 for tail in tails)
+        or any(code[i].pipe == "tensor" or code[i].opcode in _ISSUED for i in blocks[b])
+    ]
+    return [code[i] for b in always for i in blocks[b]]
+
+
 def hottest(code):
     """The innermost loop with the most tensor work or, where no loop has any, the most memory traffic; None without such a loop.
 
@@ -196,7 +221,7 @@ def hottest(code):
             if amount and not any(other <= addresses for _, _, other in inner):
                 inner.append((amount, loop, addresses))
         if inner:
-            return max(inner, key=lambda entry: (entry[0], -len(entry[1])))[1]
+            return max(inner, key=lambda entry: (entry[0], -len(steady(code, entry[1]))))[1]
     return None
 
 

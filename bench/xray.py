@@ -4,7 +4,8 @@ The op is called as a user calls it; its launches are noted instead of made and 
 machine code is read: registers, spills, shared memory, occupancy, access widths, matrix instructions, the hottest loop by pipe.
 
 Where the matrix work is the bound, the loop gives two ceilings as fractions of tensor peak, in cycles of a multiprocessor:
-    no overlap        tensor / (tensor + issue), issue = all instructions of the loop at four warp instructions a clock
+    no overlap        tensor / (tensor + issue), issue = all instructions of the loop at four warp instructions a clock;
+                      once more, "skipped", without those that a branch in the loop may jump over
     perfect overlap   tensor / the busiest of all pipes and of issue
 Where memory is the bound: the share of issue slots that the kernel needs when data comes at the datasheet's bandwidth; below 1
 the instructions can hide behind memory. All are properties of the compiled code, not timings: nothing is executed.
@@ -177,27 +178,34 @@ def read_nvidia(kernel, arch):
     }
     loop = sass.hottest(code)
     if loop:
-        report["loop"] = read_loop(loop, sm, meta.num_warps)
+        report["loop"] = read_loop(loop, sass.steady(code, loop), sm, meta.num_warps)
     return report
 
 
-def read_loop(loop, sm, warps):
-    """The loop by pipe and, if it has matrix instructions, its ceilings; cycles are those of one program and iteration."""
+def read_loop(loop, steady, sm, warps):
+    """The loop by pipe and, if it has matrix instructions, its ceilings; cycles are those of one program and iteration. steady: the
+    loop without what a branch may skip (`conditional` instructions); `no_overlap_skipped` is the ceiling if it always does."""
     cycles = dict.fromkeys(sass.PIPES, 0.0)
     for x in loop:
         cycles[x.pipe] += x.cycles(sm) * warps
     cycles["issue"] = len(loop) * warps / 4
     flops = round(sum(x.flops for x in loop) * warps)
     peak = flops / sm.tensor  # cycles that this work takes at the architecture's peak
+
+    def ceiling(instructions):
+        return round(peak / (cycles["tensor"] + instructions * warps / 4), 3) if flops else None
+
     return {
         "instructions": len(loop),
+        "conditional": len(loop) - len(steady),
         "mix": sass.mix(loop),
         "cycles": {pipe: round(c, 1) for pipe, c in cycles.items()},
         "loads": sass.widths(loop, sass.LOADS),
         "stores": sass.widths(loop, sass.STORES),
         "flops": flops,
         "bytes": sum(x.bits // 8 * 32 for x in loop if x.opcode in sass.LOADS + sass.STORES and x.opcode[0] != "U"),
-        "no_overlap": round(peak / (cycles["tensor"] + cycles["issue"]), 3) if flops else None,
+        "no_overlap": ceiling(len(loop)),
+        "no_overlap_skipped": ceiling(len(steady)),
         "perfect_overlap": round(peak / max(cycles.values()), 3) if flops else None,
         "busiest": max(cycles, key=cycles.get),
     }
@@ -466,12 +474,14 @@ def text(reports, traffic=()):
             (
                 r["case"], r["kernel"], r["arch"], l["instructions"], *l["mix"].values(),
                 f"{l['cycles']['tensor']:.0f}", f"{l['cycles']['issue']:.0f}", f"{l['busiest']} {l['cycles'][l['busiest']]:.0f}",
-                _fraction(l["no_overlap"]), _fraction(l["perfect_overlap"]),
+                _fraction(l["no_overlap"]), f"{l['no_overlap_skipped']:.2f} ({l['conditional']})" if l["conditional"] else "-",
+                _fraction(l["perfect_overlap"]),
             )
             for r in looped
             for l in (r["loop"],)
         ]  # fmt: skip
-        header = ("hottest loop", "", "", "instr", *sass.PIPES, "cycles: tensor", "issue", "busiest", "ceiling: none", "perfect")
+        header = ("hottest loop", "", "", "instr", *sass.PIPES, "cycles: tensor", "issue", "busiest", "ceiling: none",
+                  "skipped", "perfect")  # fmt: skip
         if rows:
             lines += ["", *(f"  {line}" for line in table(header, rows, left=3))]
         counted = [t for t in traffic if (t["op"], t["dtype"]) == (op, dtype)]
@@ -491,7 +501,7 @@ LEGEND = (
     "spills: instructions on local memory (stack). shared: a program's, of what it may have. occupancy: warps, and their limit.",
     "loads, stores: widths in bits of all accesses to global memory. issue: share of issue slots needed at full memory bandwidth.",
     "Loop: instructions of one warp by pipe; cycles of a multiprocessor for one program and iteration; ceilings: fraction of the",
-    "tensor cores' peak if nothing overlaps with them and if everything does.",
+    "tensor cores' peak if nothing overlaps with them (skipped: without the instructions that a branch may skip) and if all does.",
     "memory: counted from the kernels' own accesses, every 32-byte sector once a launch.",
 )
 
@@ -549,7 +559,8 @@ def main(argv=None):
 
     cases, architectures = chosen(options)
     reports = survey(cases, architectures, cached=not options.no_cache, progress=_progress)
-    traffic = moved([small(case) for case in cases], cached=not options.no_cache)
+    one_each = {(case.op, case.backward, case.dtype): small(case) for case in reversed(cases)}  # the ratio is every model's
+    traffic = moved(list(one_each.values()), cached=not options.no_cache)
     if options.json:
         document = json.dumps({"versions": versions(), "reports": reports, "traffic": traffic}, indent=1)
         if options.json == "-":

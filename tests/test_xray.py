@@ -65,6 +65,14 @@ def test_of_two_equal_loops_the_shorter_is_the_hottest():
     assert [x.address for x in sass.hottest(code)] == [0x0, 0x10]
 
 
+def test_what_a_branch_may_skip_is_counted_apart():
+    lines = "HMMA.16816.F32 R0, R1, R2, R3", "@!P1 BRA 0x40", "FMUL R0, R0, R1", "FMUL R1, R0, R1", "FADD R2, R0, R1", "@P0 BRA 0x0"
+    text = "Function : k\n" + "".join(f"/*{16 * i:04x}*/ {x} ;\n" for i, x in enumerate([*lines, "EXIT"]))
+    code = sass.parse(text, "k")
+    (found,) = sass.loops(code)
+    assert (len(found), [x.address for x in sass.steady(code, found)]) == (6, [0x0, 0x10, 0x40, 0x50])
+
+
 def test_without_a_loop_there_is_no_hottest_one(code):
     assert sass.hottest(code[13:17]) is None
 
@@ -124,7 +132,8 @@ def test_occupancy():
 def made_of(instructions, warps, flops, arch):
     """A loop of so many instructions of a warp, whose matrix work is put on one of them."""
     tensor = sass.Instruction(0, "", "UTCHMMA", (), "", flops / warps)
-    return xray.read_loop([tensor, *[sass.Instruction(1, "", "FMNMX", (), "")] * (instructions - 1)], MULTIPROCESSORS[arch], warps)
+    loop = [tensor, *[sass.Instruction(1, "", "FMNMX", (), "")] * (instructions - 1)]
+    return xray.read_loop(loop, loop, MULTIPROCESSORS[arch], warps)
 
 
 @pytest.mark.parametrize(
