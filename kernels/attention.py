@@ -26,6 +26,8 @@ from .dispatch import WIDEN, architecture, call, cdiv, check, check_same, jit, l
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LIMIT = tl.constexpr(2.0**40)  # of a sum of weights, relative to a maximum that later scores may outgrow
+LIMIT16 = tl.constexpr(2.0**15)  # for weights that float16 has to hold
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -132,8 +134,9 @@ def _range(m, rows, columns, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 @jit
 def _edges(m, rows, columns, left, right, BLOCK_M: tl.constexpr):
-    """(first, one past the last) column that each of the rows m .. m + BLOCK_M sees; first means nothing without a left limit."""
-    position = m + tl.arange(0, BLOCK_M) + (columns - rows)
+    """(first, one past the last) column that each of the rows m .. m + BLOCK_M sees; first means nothing without a left limit.
+    Rows that are none see what the last one does."""
+    position = tl.minimum(m + tl.arange(0, BLOCK_M), rows - 1) + (columns - rows)
     starts = position if left is None else position - left
     stops = position * 0 + columns if right is None else tl.minimum(columns, position + right + 1)
     return starts, stops
@@ -161,35 +164,45 @@ def _cap(t, softcap):
 
 
 @jit
+def _scores(
+    q, k, n, T, scale, softcap, k_strides, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """(products with a tile of keys, what multiplies them to make scores in base 2): often that is part of a multiply-add."""
+    k_tile = _tile(k, n, T, k_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS, BOUNDED)
+    s = _dot(q, k_tile.T, None, PRECISION)
+    if softcap is None:
+        return s, scale
+    else:
+        return _cap(_tanh(s * scale), softcap), 1.0
+
+
+@jit
 def _forward_steps(
     q, acc, total, top, k, v, start, stop, T, starts, stops, left, scale, softcap, k_strides, v_strides,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, RISING: tl.constexpr, STAGES: tl.constexpr = None,
 ):  # fmt: skip
-    """Walks the keys start .. stop: (acc, total, top) are the weighted values, the weights' sum and the largest score (base 2)."""
-    for n in range(start, stop, BLOCK_N):
-        k_tile = _tile(k, n, T, k_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS, MASKED)
-        s = _dot(q, k_tile.T, None, PRECISION)
-        if softcap is not None:
-            s = _cap(_tanh(s * scale), softcap)
-        elif MASKED:
-            s = s * scale
+    """Walks the keys start .. stop: acc and total are the sums of the weighted values and of the weights, relative to exp2(top).
+    top rises with the largest score (base 2), or, if not RISING, stays what it is."""
+    for n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+        s, unit = _scores(q, k, n, T, scale, softcap, k_strides, D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, MASKED)
         if MASKED:
-            s = tl.where(_seen(n, starts, stops, left, BLOCK_N), s, float("-inf"))
-        if MASKED or softcap is not None:
-            higher = tl.maximum(top, tl.max(s, 1))
-            # A row that has seen nothing so far is at -inf, and -inf - -inf is NaN.
-            shift = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
-            p = tl.exp2(s - shift[:, None])
-        else:  # the scale is folded into one multiply-add a score
-            higher = tl.maximum(top, tl.max(s, 1) * scale)
-            shift = higher
-            p = tl.exp2(s * scale - shift[:, None])
-        alpha = tl.exp2(top - shift)
+            s = tl.where(_seen(n, starts, stops, left, BLOCK_N), s * unit, float("-inf"))
+            unit = 1.0
+        before = top
+        if RISING:
+            top = tl.maximum(top, tl.max(s, 1) * unit)
+        # A row that has seen nothing so far is at -inf, and -inf - -inf is NaN.
+        shift = tl.where(top == float("-inf"), 0.0, top) if MASKED else top
+        p = tl.exp2(s * unit - shift[:, None])
         v_tile = _tile(v, n, T, v_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS, MASKED)
-        acc = _dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], PRECISION)
-        total = total * alpha + tl.sum(p, 1)
-        top = higher
+        if RISING:
+            alpha = tl.exp2(before - shift)
+            acc = acc * alpha[:, None]
+            total = total * alpha
+        acc = _dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+        total += tl.sum(p, 1)
     return acc, total, top
 
 
@@ -201,7 +214,12 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one head against all keys it sees. Reads the queries once and writes the output once; keys
-    and values come once a tile, mostly from L2. The accumulator and the statistics stay in registers."""
+    and values come once a tile, mostly from L2. The accumulator and the statistics stay in registers.
+
+    Softmax needs no maximum, only some number that keeps exp in range. The tiles at the edge of the mask, or a first look at the
+    first tile, give one; the others are walked as if no score were much larger, without maxima and rescaling, a quarter of the
+    loop. Where the sums tell that one was, everything is walked again with a maximum that rises.
+    """
     m, flat = _program(S, heads, section, True, BLOCK_M)
     batch, head = (flat // HEADS).to(tl.int64), flat % HEADS
     start_q, S = _sequence(starts_q_ptr, batch, S)
@@ -224,19 +242,34 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    limit = LIMIT16 if k_ptr.dtype.element_ty == tl.float16 else LIMIT
+    # The tiles at the edge give a maximum if all rows see a key there: near enough where weights have the range of float32.
+    blind = b >= T
+    if right is not None:
+        blind |= m + T - S + right < b
+    if a < b and (blind or limit == LIMIT16):
+        s, unit = _scores(q, k, a, T, factor, softcap, k_strides, D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, False)
+        top = tl.max(s, 1) * unit
     if left is not None:
         acc, total, top = _forward_steps(
             q, acc, total, top, k, v, low, a, T, starts, stops, left, factor, softcap, k_strides, v_strides,
-            D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True,
+            D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True, True,
         )  # fmt: skip
     acc, total, top = _forward_steps(
-        q, acc, total, top, k, v, a, b, T, starts, stops, left, factor, softcap, k_strides, v_strides,
-        D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, False,
+        q, acc, total, top, k, v, b, high, T, starts, stops, left, factor, softcap, k_strides, v_strides,
+        D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True, True,
     )  # fmt: skip
     acc, total, top = _forward_steps(
-        q, acc, total, top, k, v, b, high, T, starts, stops, left, factor, softcap, k_strides, v_strides,
-        D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True,
+        q, acc, total, top, k, v, a, b, T, starts, stops, left, factor, softcap, k_strides, v_strides,
+        D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, False, False,
     )  # fmt: skip
+    if tl.max(total) > limit:  # rare: few registers matter more than loads under way
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc, total, top = _forward_steps(
+            q, acc, total, top, k, v, low, high, T, starts, stops, left, factor, softcap, k_strides, v_strides,
+            D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True, True, 1,
+        )  # fmt: skip
 
     out_ptr += batch * out_strides[0] + head * out_strides[1] + start_q * out_strides[2]
     total = tl.where(total == 0.0, 1.0, total)  # a row that saw nothing: 0 / 1, and -inf + log2(1)
@@ -439,8 +472,10 @@ def _precision(x):
 
 
 def _strides(x, starts):
-    """Strides of [B, H, S, D]; packed sequences share one batch row."""
-    return x.stride() if starts is None else (0, *x.stride()[1:])
+    """Strides of [B, H, S, D] for a kernel. Packed sequences share one batch row. The distance of two rows is a property of the
+    model, not of lengths, so it is compiled in: the addresses of a tile then need one register instead of one each."""
+    batch, head, row, column = x.stride()
+    return 0 if starts is not None else batch, head, tl.constexpr(row) if column == 1 else row, column
 
 
 def _section(x, heads, group):
@@ -625,7 +660,8 @@ def _check(op, q, k, v, softcap, window, axes):
     check(1 <= D <= 256, lambda: f"{op}: q has head size {D}, expected 1 to 256")
     check(Hk > 0 and Hq % Hk == 0, lambda: f"{op}: q has {Hq} heads, expected a multiple of k's {Hk}")
     check(softcap is None or softcap > 0, lambda: f"{op}: softcap is {softcap}, expected a positive number or None")
-    check(window is None or window > 0, lambda: f"{op}: window is {window}, expected a positive integer or None")
+    whole = isinstance(window, (int, torch.SymInt)) and window > 0
+    check(window is None or whole, lambda: f"{op}: window is {window}, expected a positive integer or None")
 
 
 def _check_starts(op, q, cu_seqlens_q, cu_seqlens_k):

@@ -1,11 +1,12 @@
 """flash_attention against the formula in float64: shapes, spans, layouts, rows that see nothing, determinism, errors."""
 
+import dataclasses
 import math
 
 import oracle
 import pytest
 import torch
-from trillama.kernels import attention, flash_attention, reference
+from trillama.kernels import attention, flash_attention, reference, tuning
 from trillama.kernels.dispatch import INTERPRETED, observe
 
 FEW = not (INTERPRETED or torch.cuda.is_available())  # compiled and emulated: seconds for each new shape
@@ -36,13 +37,13 @@ def exactly(q, k, v, causal=True, window=None, **options):
     return oracle.attention(q.double(), k.double(), v.double(), left=left, right=right, **options)
 
 
-def verify(device, q, k, v, **options):
+def verify(device, q, k, v, fp32=1e-6, **options):
     on = [t.to(device) if t.device.type != device else t for t in (q, k, v)]
     same = oracle.unchanged(*on)
     out, lse = flash_attention(*on, return_lse=True, **options)
     same()
     exact, exact_lse = exactly(q, k, v, **options)
-    oracle.check(out, exact, reference.flash_attention(q, k, v, **options))
+    oracle.check(out, exact, reference.flash_attention(q, k, v, **options), fp32)
     oracle.check(lse, exact_lse)
     return out, lse
 
@@ -167,6 +168,23 @@ def test_scores_far_from_zero(triton, device, shift):
     exact, exact_lse = exactly(q, k, v, scale=1.0)
     oracle.check(out, exact, fp32=0.02)  # one unit in the last place of such a score is 0.002, in the exponent
     oracle.check(lse, exact_lse)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("growth", [0.0, 1.0, 10.0, 100.0, -100.0])
+def test_scores_that_outgrow_their_maximum(triton, poisoned, device, dtype, growth, monkeypatch):
+    """Scores that rise along the keys, a little or past what exp can hold, from one tile to the next and within one."""
+    choose = tuning.attention
+    monkeypatch.setattr(tuning, "attention", lambda *a: dataclasses.replace(choose(*a), block_n=16))
+    q, k, v = (heads("transposed", 1, 1, 200, 64, torch.float32) for _ in range(3))
+    q[..., 0], k[..., 0] = 4.0, growth * torch.linspace(-2, 2, 200)
+    rounding = 1e-6 + 2**-24 * abs(growth)  # half a unit in the last place of the largest score, in an exponent
+    on = [t.to(dtype) for t in (q, k, v)]
+    verify(device, *on, fp32=rounding, causal=False)
+    verify(device, *on, fp32=rounding, causal=False, softcap=20.0)
+    verify(device, *on, fp32=rounding, window=50)
+    k[..., 0] = k[..., 0].flip(-1)
+    verify(device, *(t.to(dtype) for t in (q, k, v)), fp32=rounding)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
