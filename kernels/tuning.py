@@ -148,14 +148,13 @@ def decode(arch, head_dim, itemsize, rows):
 @dataclass(frozen=True)
 class Attention:
     """A tile of block_m queries that walks the keys block_n at a time, `stages` tiles of keys and values in flight, read through
-    tensor descriptors or pointers. optimistic: the maximum of a tile is taken only when a score outgrows the one before."""
+    tensor descriptors or pointers."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     descriptors: bool = False
-    optimistic: bool = False
 
 
 def block_d(head_dim):
@@ -171,7 +170,7 @@ def attention(arch, head_dim, itemsize):
         return Attention(128, 64, 4, 3, arch >= 90)
     if head_dim <= 128:
         return Attention(128, 128, 8, 2, True) if arch in (90, 100) else Attention(128, 64, 8, 2, arch >= 90)
-    return Attention(64, 32, 4, 2, arch >= 90)
+    return Attention(64, 32, 4, 2, True) if arch >= 90 else Attention(64, 16, 4, 2)
 
 
 @tunable
