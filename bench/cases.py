@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import kernels
+from ..kernels import QuantizedWeight
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -184,7 +185,7 @@ def _decode(c, make):
 
 def size(*tensors):
     """Bytes of the tensors; None is skipped."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return sum(t.nbytes for t in tensors if t is not None)
 
 
 def _rows(a):
@@ -204,6 +205,16 @@ def _down(c, make):
     }  # fmt: skip
 
 
+def _down_quantised(bits):
+    def inputs(c, make):
+        a, (N, K) = _down(c, make), (c.m.hidden, c.m.ffn)
+        data = make(N, K if bits == 8 else K // 2).to(torch.int8 if bits == 8 else torch.uint8)
+        scales = [make(N, 1)] if bits == 8 else [make(N, K // 32), make(N, K // 32)]
+        return {**a, "weight": QuantizedWeight(data, *(scale.to(torch.bfloat16) for scale in scales))}
+
+    return inputs
+
+
 def _norm_gate_up(c, make):
     x, weight, norm = make(c.batch, c.tokens, c.m.hidden), make(2 * c.m.ffn, c.m.hidden), make(c.m.hidden)
     return {"x": x, "weight": weight, "norm": norm, "activation": "swiglu"}
@@ -216,7 +227,7 @@ def _linear_bytes(a):
 
 
 def _linear_flops(a):
-    return 2 * a["x"].shape[:-1].numel() * a["weight"].numel()
+    return 2 * a["x"].shape[:-1].numel() * a["weight"].shape.numel()
 
 
 def _hidden(c):
@@ -271,6 +282,13 @@ OPS = {
         "decode", _norm_gate_up, lambda c: f"{2 * c.m.ffn} x {c.m.hidden}", _linear_bytes, flops=_linear_flops,
         models=WIDTHS[:-1], function="decode_linear",
     ),
+    **{
+        f"decode_linear int{bits}": Op(
+            "decode", _down_quantised(bits), lambda c: f"{c.m.hidden} x {c.m.ffn}", _linear_bytes, flops=_linear_flops,
+            models=WIDTHS[:-1], function="decode_linear",
+        )
+        for bits in (8, 4)
+    },
 }  # fmt: skip
 
 

@@ -8,10 +8,11 @@ from .frequencies import rope_tables
 from .glu import swiglu
 from .linear import decode_linear
 from .modules import RMSNorm, SwiGLU
+from .quantized import QuantizedWeight, quantize
 from .rmsnorm import add_rms_norm, rms_norm
 from .rope import apply_rope, rope_append_
 
 __all__ = [
-    "RMSNorm", "SwiGLU", "add_rms_norm", "apply_rope", "decode_attention", "decode_linear", "flash_attention",
-    "flash_attention_varlen", "reference", "rms_norm", "rope_append_", "rope_tables", "swiglu", "use_backend",
+    "QuantizedWeight", "RMSNorm", "SwiGLU", "add_rms_norm", "apply_rope", "decode_attention", "decode_linear", "flash_attention",
+    "flash_attention_varlen", "quantize", "reference", "rms_norm", "rope_append_", "rope_tables", "swiglu", "use_backend",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from . import reference, tuning
 from .attention import _dot, _precision
 from .dispatch import architecture, call, cdiv, check, check_same, jit, launch, register, row_offset, row_strides, tl, uses_triton
 from .glu import _sigmoid, swiglu
+from .quantized import QuantizedWeight
 from .rmsnorm import rms_norm
 
 ROWS = 8  # beyond, the product is no longer limited by memory alone and belongs to the vendor's library
@@ -37,17 +38,52 @@ def _rstd(x_row, row, rows, column_stride, eps, K: tl.constexpr, BLOCK_M: tl.con
     return tl.rsqrt(tl.sum(square, 1) / K + tl.cast(eps, tl.float32))[None, :, None]
 
 
+@jit
+def _activations(x_row, norm_ptr, rstd, live, k, column_stride, norm_stride, K: tl.constexpr):
+    """The columns k [SLICES, 1, n] of x, normalised if there is a norm: [SLICES, n, BLOCK_M]."""
+    x = tl.load(x_row + k * column_stride, live & (k < K), other=0.0)
+    if norm_ptr is not None:  # rounded before the weight and after it, as rms_norm does
+        scale = tl.load(norm_ptr + k * norm_stride, k < K, other=0.0).to(tl.float32)
+        x = ((x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32) * scale).to(x.dtype)
+    return tl.permute(x, (0, 2, 1))
+
+
+@jit
+def _nibbles(w, dtype: tl.constexpr, OFFSET: tl.constexpr):
+    """OFFSET + w, for w in 0 .. 15, through the bits of the mantissa: integer conversions run at a quarter of the rate."""
+    if OFFSET == 0:
+        return w.to(dtype)
+    elif OFFSET == 128:
+        return (w.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+    else:
+        return (w.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+
+
+@jit
+def _grouped(
+    total, w_row, scale_row, minimum_row, low, high, ones, group, column, mask, PRECISION: tl.constexpr, OFFSET: tl.constexpr
+):  # fmt: skip
+    """total plus the products of one group of 4-bit weights a slice: scale (q x) + minimum (1 x)."""
+    w = tl.load(w_row + column, mask, other=0)
+    scale = tl.load(scale_row + group, mask, other=0.0).to(tl.float32)
+    minimum = tl.load(minimum_row + group, mask, other=0.0).to(tl.float32)
+    product = _dot(_nibbles(w & 15, low.dtype, OFFSET), low, None, PRECISION)
+    product = _dot(_nibbles(w >> 4, low.dtype, OFFSET), high, product, PRECISION)
+    return total + scale * product + (minimum - OFFSET * scale) * ones
+
+
 @jit(do_not_specialize=["rows", "middle", "inner"])
 def _linear_kernel(
-    x_ptr, weight_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, eps, rows, columns, middle, inner, x_strides, weight_strides,
-    norm_stride, bias_stride, residual_strides,
+    x_ptr, weight_ptr, scale_ptr, minimum_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, eps, rows, columns, middle, inner,
+    x_strides, weight_strides, scale_stride, norm_stride, bias_stride, residual_strides,
     K: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of out for all rows: reads BLOCK_N rows of W (with SwiGLU as many of each half), SLICES * BLOCK_K
-    columns at a time, and x from L2."""
+    columns at a time, and x from L2. 4-bit weights: BLOCK_K is their group."""
     row = tl.arange(0, BLOCK_M)[:, None]
     x_row = x_ptr + row_offset(row.to(tl.int64), middle, inner, x_strides)
+    rstd = None
     if norm_ptr is not None:
         rstd = _rstd(x_row, row, rows, x_strides[3], eps, K, BLOCK_M)
     x_row, live = x_row[None, :, :], (row < rows)[None, :, :]
@@ -57,34 +93,53 @@ def _linear_kernel(
     total = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
     gated = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, K, SLICES * BLOCK_K):
-        k = start + tl.arange(0, SLICES)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
-        x = tl.load(x_row + k * x_strides[3], live & (k < K), other=0.0)
-        if norm_ptr is not None:  # rounded before the weight and after it, as rms_norm does
-            scale = tl.load(norm_ptr + k * norm_stride, k < K, other=0.0).to(tl.float32)
-            x = ((x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32) * scale).to(x.dtype)
-        x = tl.permute(x, (0, 2, 1))
-        mask = (n < columns) & (k < K)
-        w = tl.load(w_row + k * weight_strides[1], mask, other=0.0)
-        total = _dot(w, x, total, PRECISION)
-        if SWIGLU:
-            up = tl.load(w_row + half + k * weight_strides[1], mask, other=0.0)
-            gated = _dot(up, x, gated, PRECISION)
+        first = start + tl.arange(0, SLICES)[:, None, None] * BLOCK_K
+        if minimum_ptr is not None:
+            inside = tl.arange(0, BLOCK_K // 2)[None, None, :]
+            low = _activations(x_row, norm_ptr, rstd, live, first + inside, x_strides[3], norm_stride, K)
+            high = _activations(x_row, norm_ptr, rstd, live, first + BLOCK_K // 2 + inside, x_strides[3], norm_stride, K)
+            one = tl.full((SLICES, BLOCK_N, BLOCK_K // 2), 1.0, low.dtype)
+            ones = _dot(one, high, _dot(one, low, None, PRECISION), PRECISION)
+            mask = (n < columns) & (first < K)
+            group, column = first // BLOCK_K, first // 2 + inside
+            s_row, m_row = scale_ptr + n.to(tl.int64) * scale_stride, minimum_ptr + n.to(tl.int64) * scale_stride
+            total = _grouped(total, w_row, s_row, m_row, low, high, ones, group, column, mask, PRECISION, OFFSET)
+            if SWIGLU:
+                skip = tl.cast(columns, tl.int64) * scale_stride
+                gated = _grouped(
+                    gated, w_row + half, s_row + skip, m_row + skip, low, high, ones, group, column, mask, PRECISION, OFFSET
+                )
+        else:
+            k = first + tl.arange(0, BLOCK_K)[None, None, :]
+            x = _activations(x_row, norm_ptr, rstd, live, k, x_strides[3], norm_stride, K)
+            mask = (n < columns) & (k < K)
+            w = tl.load(w_row + k * weight_strides[1], mask, other=0)
+            total = _dot(w.to(x.dtype), x, total, PRECISION)
+            if SWIGLU:
+                up = tl.load(w_row + half + k * weight_strides[1], mask, other=0)
+                gated = _dot(up.to(x.dtype), x, gated, PRECISION)
 
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     m = tl.arange(0, BLOCK_M)[None, :]
     mask = (n < columns) & (m < rows)
-    y = tl.sum(total, 0)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n * bias_stride, n < columns, other=0.0).to(tl.float32)
+    y = _finish(tl.sum(total, 0), n, n < columns, scale_ptr, minimum_ptr, bias_ptr, bias_stride)
     if SWIGLU:
-        up = tl.sum(gated, 0)
-        if bias_ptr is not None:
-            up += tl.load(bias_ptr + (n + columns) * bias_stride, n < columns, other=0.0).to(tl.float32)
-        y *= _sigmoid(y) * up
+        y *= _sigmoid(y) * _finish(tl.sum(gated, 0), n + columns, n < columns, scale_ptr, minimum_ptr, bias_ptr, bias_stride)
     if residual_ptr is not None:
         offset = row_offset(m.to(tl.int64), middle, inner, residual_strides) + n * residual_strides[3]
         y += tl.load(residual_ptr + offset, mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + m * columns + n, y.to(out_ptr.dtype.element_ty), mask)
+
+
+@jit
+def _finish(y, n, mask, scale_ptr, minimum_ptr, bias_ptr, bias_stride):
+    """The scale of 8-bit weights, one a row, and the bias."""
+    if scale_ptr is not None:  # noqa: SIM102 - Triton does not take `and` for settled and open conditions alike
+        if minimum_ptr is None:
+            y *= tl.load(scale_ptr + n, mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n * bias_stride, mask, other=0.0).to(tl.float32)
+    return y
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------
@@ -95,37 +150,46 @@ def _strides(t, sizes):
     return None if t is None else (*sizes, t.stride(-1))
 
 
-def _fused(x, weight, norm, eps, residual, activation, bias):
+def _fused(x, weight, scale, minimum, norm, eps, residual, activation, bias):
     K = x.shape[-1]
     columns = weight.shape[0] // (2 if activation == "swiglu" else 1)
     out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
     rows = x.shape[:-1].numel()
-    leading = [t for t in (x, residual) if t is not None]
-    middle, inner, strides = row_strides(*leading)
-    tile = tuning.linear(architecture(x), K, x.element_size(), activation == "swiglu", rows)
+    middle, inner, strides = row_strides(*(t for t in (x, residual) if t is not None))
+    group = K // scale.shape[1] if minimum is not None else None
+    tile = tuning.linear(architecture(x), K, weight.element_size(), activation == "swiglu", rows, group)
     launch(
         _linear_kernel,
         (cdiv(columns, tile.block_n) if rows else 0,),
-        x, weight, norm, bias, residual, out, eps, rows, columns, middle, inner, _strides(x, strides[0]), weight.stride(),
+        x, weight, scale, minimum, norm, bias, residual, out, eps, rows, columns, middle, inner,
+        _strides(x, strides[0]), weight.stride(), None if scale is None else scale.stride(0),
         None if norm is None else norm.stride(0), None if bias is None else bias.stride(0), _strides(residual, strides[-1]),
-        K=K, SWIGLU=activation == "swiglu", BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        SLICES=tile.slices, PRECISION=_precision(x), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        K=K, SWIGLU=activation == "swiglu", BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SLICES=tile.slices,
+        PRECISION=_precision(x), OFFSET=_OFFSETS[x.dtype], num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+_OFFSETS = {torch.bfloat16: 128, torch.float16: 1024, torch.float32: 0}  # of `_nibbles`: where a mantissa's last bit counts one
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
 
 
 def _decode_linear(
-    x: torch.Tensor, weight: torch.Tensor, norm: Optional[torch.Tensor], eps: float, residual: Optional[torch.Tensor],
-    activation: Optional[str], bias: Optional[torch.Tensor],
+    x: torch.Tensor, weight: torch.Tensor, scale: Optional[torch.Tensor], minimum: Optional[torch.Tensor],
+    norm: Optional[torch.Tensor], eps: float, residual: Optional[torch.Tensor], activation: Optional[str],
+    bias: Optional[torch.Tensor],
 ) -> torch.Tensor:  # fmt: skip
+    """weight, scale and minimum: a plain tensor and None, or what a `QuantizedWeight` holds."""
+    whole = weight if scale is None else QuantizedWeight(weight, scale, minimum)
     if not uses_triton(x):
-        return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
+        return reference.decode_linear(x, whole, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
     if x.shape[:-1].numel() <= ROWS:
-        return _fused(x, weight, norm, eps, residual, activation, bias)
-    y = F.linear(x if norm is None else rms_norm(x, norm, eps), weight, bias)
+        return _fused(x, weight, scale, minimum, norm, eps, residual, activation, bias)
+    x = x if norm is None else rms_norm(x, norm, eps)
+    y = F.linear(x, weight) if scale is None else whole.linear(x)
+    y = y if bias is None else y + bias
     if activation == "swiglu":
         y = swiglu(*y.chunk(2, -1))
     return y if residual is None else y + residual
@@ -133,7 +197,7 @@ def _decode_linear(
 
 _op = register(
     "decode_linear", _decode_linear,
-    lambda x, weight, norm, eps, residual, activation, bias: x.new_empty(
+    lambda x, weight, scale, minimum, norm, eps, residual, activation, bias: x.new_empty(
         (*x.shape[:-1], weight.shape[0] // (2 if activation == "swiglu" else 1))
     ),
 )  # fmt: skip
@@ -141,11 +205,15 @@ _op = register(
 
 def _check(x, weight, norm, residual, activation, bias):
     op = "decode_linear"
-    check_same(op, x=x, weight=weight, residual=residual, bias=bias)
+    if isinstance(weight, QuantizedWeight):
+        check_same(op, x=x, residual=residual, bias=bias)
+        check(weight.device == x.device, lambda: f"{op}: weight is on {weight.device}, expected {x.device} as x")
+    else:
+        check_same(op, x=x, weight=weight, residual=residual, bias=bias)
     check_same(op, same_dtype=False, x=x, norm=norm)
     check(activation in ACTIVATIONS, lambda: f"{op}: activation is {activation!r}, expected None or 'swiglu'")
     check(x.dim() > 0, lambda: f"{op}: x is a scalar, expected at least one axis")
-    check(weight.dim() == 2, lambda: f"{op}: weight has shape {tuple(weight.shape)}, expected two axes")
+    check(len(weight.shape) == 2, lambda: f"{op}: weight has shape {tuple(weight.shape)}, expected two axes")
     N, K = weight.shape
     check(x.shape[-1] == K, lambda: f"{op}: x has {x.shape[-1]} columns, expected {K} as weight")
     check(activation is None or N % 2 == 0, lambda: f"{op}: weight has {N} rows, expected an even number for SwiGLU")
@@ -157,13 +225,17 @@ def _check(x, weight, norm, residual, activation, bias):
 def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=None, bias=None):
     """The product of a few rows with a weight, the normalisation before it and SwiGLU and residual after it, in one launch.
 
-    x: [..., K], float16, bfloat16 or float32. weight: [N, K] of the same dtype. norm: [K], weight of the RMSNorm applied to x
-    first (with `eps`, rounded as `rms_norm(..., casting="llama")`). bias: [N]. activation: None, or "swiglu": the first half of
-    the N outputs gates the second, silu(first) * second. residual: like the result, added last. Any strides.
+    x: [..., K], float16, bfloat16 or float32. weight: [N, K] of the same dtype, or a `QuantizedWeight`. norm: [K], weight of the
+    RMSNorm applied to x first (with `eps`, rounded as `rms_norm(..., casting="llama")`). bias: [N]. activation: None, or "swiglu":
+    the first half of the N outputs gates the second, silu(first) * second. residual: like the result, added last. Any strides.
 
     Returns [..., N], or [..., N / 2] with SwiGLU, contiguous. Up to 8 rows (all leading axes together) share one pass over the
-    weight; more go through `rms_norm`, torch's matrix product and `swiglu`. Not differentiable. Raises ValueError or TypeError
-    for arguments that do not fit.
+    weight; more go through `rms_norm`, torch's matrix product and `swiglu`, a quantised weight in parts. Not differentiable.
+    Raises ValueError or TypeError for arguments that do not fit.
     """
     _check(x, weight, norm, residual, activation, bias)
-    return call(_op, _decode_linear, x, weight, norm, eps, residual, activation, bias)
+    if not isinstance(weight, QuantizedWeight):
+        return call(_op, _decode_linear, x, weight, None, None, norm, eps, residual, activation, bias)
+    if not uses_triton(x) and not torch.compiler.is_compiling():  # the object itself, which remembers its packed form
+        return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
+    return call(_op, _decode_linear, x, weight.data, weight.scale, weight.minimum, norm, eps, residual, activation, bias)

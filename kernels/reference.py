@@ -224,7 +224,10 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
 
 
 def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=None, bias=None):
-    y = F.linear(x if norm is None else rms_norm(x, norm, eps), weight, bias)
+    x = x if norm is None else rms_norm(x, norm, eps)
+    y = F.linear(x, weight, bias) if isinstance(weight, torch.Tensor) else weight.linear(x)
+    if bias is not None and not isinstance(weight, torch.Tensor):
+        y = y + bias
     if activation == "swiglu":
         y = swiglu(*y.chunk(2, -1))
     return y if residual is None else y + residual

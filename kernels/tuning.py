@@ -204,15 +204,19 @@ class Linear:
 
 
 @tunable
-def linear(arch, columns, itemsize, swiglu, rows):
-    """`columns` of the weight, `rows` of x.
+def linear(arch, columns, itemsize, swiglu, rows, group=None):
+    """`columns` of the weight, whose elements have `itemsize` bytes, `rows` of x. group: of 4-bit weights, else None.
 
     16 rows, the least a tensor core takes, make the most programs. Each of the four warps takes its own slice of the columns. A
     tile has 1 KiB of a row where the row is long enough: whole DRAM bursts, and three tiles in flight are 48 KiB a program, more
     than a multiprocessor's share of the bandwidth-latency product. Short rows take 512 bytes, so that little of the last tile is
-    empty; so do SwiGLU, whose tiles are two, and float32, whose products keep more in registers.
+    empty; so do SwiGLU, whose tiles are two, 8 bits, where 512 bytes are as many columns, and float32, whose products keep more
+    in registers. In 4 bits a slice is a group, and a tile 512 columns.
     """
+    block_m = next_power_of_2(rows)
+    if group is not None:  # two rows at least: of one row, Triton 3.8 miscompiles batched products of more batches than warps
+        return Linear(max(2, block_m), 16, group, 512 // group, 4, 4)
     if INTERPRETED:  # programs run one after the other there: few and large
-        return Linear(next_power_of_2(rows), 256, 128, 4, 4, 1)
+        return Linear(block_m, 256, 128, 4, 4, 1)
     long = columns >= 2048 and itemsize == 2 and not swiglu
-    return Linear(next_power_of_2(rows), 16, (256 if long else 128) // itemsize, 4, 4, 4)
+    return Linear(block_m, 16, (256 if long else 128) // itemsize, 4, 4, 4)

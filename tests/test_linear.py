@@ -1,10 +1,12 @@
-"""decode_linear against the formula in float64: sizes, what is fused with it, views, bits, launches, errors."""
+"""decode_linear against the formula in float64: sizes, what is fused with it, views, bits, launches, quantised weights, errors;
+and the formulations that it has on a CPU."""
 
 import oracle
 import pytest
 import torch
-from trillama.kernels import decode_linear, reference, use_backend
+from trillama.kernels import cpu, decode_linear, reference, use_backend
 from trillama.kernels.dispatch import INTERPRETED, observe
+from trillama.kernels.quantized import QuantizedWeight, quantize
 
 SIZES = [
     (1, 1), (16, 3), (63, 17), (96, 16), (100, 33), (256, 64), (576, 40), (1000, 31), (1536, 48), (2048, 20), (4096, 16), (5000, 9)
@@ -35,9 +37,13 @@ def arguments(lead, K, N, dtype, norm=False, activation=None, residual=False, bi
     return torch.randn(*lead, K).to(dtype), (torch.randn(N, K) * K**-0.5).to(dtype), options
 
 
+def plain(weight, dtype):
+    return weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
+
+
 def exactly(x, weight, norm=None, eps=1e-6, residual=None, activation=None, bias=None):
-    x, weight, norm, residual, bias = (t if t is None else t.double() for t in (x, weight, norm, residual, bias))
-    y = torch.einsum("...k,nk->...n", x if norm is None else oracle.rms_norm(x, norm, eps), weight)
+    x, norm, residual, bias = (t if t is None else t.double() for t in (x, norm, residual, bias))
+    y = torch.einsum("...k,nk->...n", x if norm is None else oracle.rms_norm(x, norm, eps), plain(weight, torch.float64))
     if bias is not None:
         y = y + bias
     if activation:
@@ -47,13 +53,14 @@ def exactly(x, weight, norm=None, eps=1e-6, residual=None, activation=None, bias
 
 def run(device, x, weight, options):
     def move(t):
-        return t.to(device) if isinstance(t, torch.Tensor) else t
+        return t.to(device) if isinstance(t, (torch.Tensor, QuantizedWeight)) else t
 
     xd, wd, moved = move(x), move(weight), {n: move(t) for n, t in options.items()}
-    same = oracle.unchanged(xd, wd, *(t for t in moved.values() if isinstance(t, torch.Tensor)))
+    inside = (wd.data, wd.scale) if isinstance(wd, QuantizedWeight) else (wd,)
+    same = oracle.unchanged(xd, *inside, *(t for t in moved.values() if isinstance(t, torch.Tensor)))
     y = decode_linear(xd, wd, **moved)
     same()
-    oracle.check(y, exactly(x, weight, **options), reference.decode_linear(x, weight, **options), fp32=2e-6)
+    oracle.check(y, exactly(x, weight, **options), reference.decode_linear(x, plain(weight, x.dtype), **options), fp32=2e-6)
     return y.cpu()
 
 
@@ -165,6 +172,122 @@ def test_a_decode_run_compiles_once(triton, device):
     assert compiled() == before + 1
 
 
+# --- weights in 8 and 4 bits -----------------------------------------------------------------------------------------
+
+KINDS = [(8, 32), (4, 32), (4, 64), (4, 128)]
+kinds = pytest.mark.parametrize(("bits", "group"), KINDS, ids=["int8", "int4-32", "int4-64", "int4-128"])
+
+
+@kinds
+def test_quantised_weights_are_as_close_as_their_bits_allow(bits, group):
+    weight = torch.randn(40, 384)
+    weight[3], weight[5, :128], weight[6] = 0, 0.7, weight[6].abs()
+    q = quantize(weight, bits, group)
+    assert q.shape == weight.shape
+    error = (q.dequantize() - weight).abs()
+    if bits == 8:
+        assert q.nbytes == weight.numel() + 2 * 40
+        assert (error <= 0.505 * weight.abs().amax(1, keepdim=True) / 127).all()  # the scale is up to 2^-7 larger
+    else:
+        assert q.nbytes == weight.numel() // 2 + 4 * weight.numel() // group
+        groups = weight.unflatten(1, (-1, group))
+        step = ((groups.amax(-1) - groups.amin(-1)) / 15 + groups.abs().amax(-1) / 256).repeat_interleave(group, 1)
+        assert (error <= 0.55 * step).all()
+    assert torch.equal(q.dequantize(rows=slice(7, 9)), q.dequantize()[7:9])
+    assert torch.equal(q.dequantize()[3], weight[3])
+
+
+@kinds
+@pytest.mark.parametrize("fused", FUSED, ids=name)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_quantised_products(triton, poisoned, device, dtype, bits, group, fused, rows):
+    x, weight, options = arguments(rows, 640, 34, dtype, **fused)
+    run(device, x, quantize(weight, bits, group), options)
+    assert triton.names == ["_linear_kernel"]
+
+
+@kinds
+@pytest.mark.parametrize("rows", [1, 9, 20])
+def test_quantised_weights_in_plain_pytorch(bits, group, rows, monkeypatch):
+    """PyTorch's own kernels where they apply, parts of the weight at a time elsewhere."""
+    from trillama.kernels import quantized
+
+    monkeypatch.setattr(quantized, "TILE", 384 * 10)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for N in (48, 37):
+            x, weight, _ = arguments((rows, 1), 384, N, dtype)
+            weight = quantize(weight, bits, group)
+            with use_backend("reference"):
+                run("cpu", x, weight, {})
+
+
+@kinds
+def test_quantised_rows_do_not_depend_on_their_neighbours(triton, device, dtype, bits, group):
+    if INTERPRETED:
+        pytest.skip("the interpreter's products come from a BLAS, which sums one row and eight in different order")
+    x, weight, _ = arguments(8, 1024, 32, dtype)
+    x, weight = x.to(device), quantize(weight, bits, group).to(device)
+    together = decode_linear(x, weight)
+    assert all(torch.equal(decode_linear(x[rows], weight), together[rows]) for rows in (slice(0, 1), slice(2, 5)))
+
+
+def test_many_rows_dequantise_in_parts(triton, poisoned, device, dtype):
+    x, weight, options = arguments((3, 4), 128, 64, dtype, norm=True, bias=True)
+    run(device, x, quantize(weight, 4, 64), options)
+    assert "_linear_kernel" not in triton.names
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 3}, "quantize: bits is 3, expected 8 or 4"),
+        ({"bits": 4, "group": 48}, "quantize: group is 48, expected 32, 64 or 128"),
+        ({"bits": 4, "group": 128}, "and 96 columns a multiple of it"),
+        ({"weight": torch.zeros(4)}, r"weight has shape \(4,\) and dtype torch.float32, expected two axes"),
+        ({"weight": torch.full((2, 32), float("nan"))}, "not finite"),
+    ],
+)
+def test_quantize_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(**{"weight": torch.randn(4, 96), **change})
+
+
+# --- on the CPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("shape", [(48, 64), (33, 100), (1, 8), (16, 1)], ids=str)
+def test_every_formulation_is_the_product(shape):
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(shape).to(dtype)
+        x = torch.randn(1, 1, shape[1]).to(dtype)
+        exact = x.double() @ weight.double().T
+        made = {name: make(weight)(x) for name, make in cpu.formulations(weight).items()}
+        assert len(made) == (6 if shape[0] % 8 == 0 else 2)
+        for y in made.values():
+            oracle.check(y, exact, torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.host
+def test_the_choice_is_measured_once_and_right(monkeypatch):
+    weights = [torch.randn(32, 48) for _ in range(3)]
+    monkeypatch.setattr(cpu, "_chosen", {})
+    products = cpu.fastest_linear(weights)
+    assert len(cpu._chosen) == 1
+    monkeypatch.setattr(cpu, "_measure", lambda weights: pytest.fail("measured twice"))
+    cpu.fastest_linear(weights[:1])
+    for name in cpu.formulations(weights[0]):
+        cpu._chosen[next(iter(cpu._chosen))] = name
+        for weight, product in zip(weights, cpu.fastest_linear(weights)):
+            for rows in (1, 5):
+                x = torch.randn(rows, 48)
+                oracle.check(product(x), x.double() @ weight.double().T)
+    assert len(products) == 3
+    assert cpu.fastest_linear([]) == []
+    quantised = quantize(weights[0])
+    assert torch.equal(cpu.fastest_linear([quantised])[0](torch.ones(1, 48)), quantised.linear(torch.ones(1, 48)))
+
+
 @pytest.mark.host
 def test_torch_compile_and_opcheck():
     from trillama.kernels.linear import _op
@@ -173,7 +296,11 @@ def test_torch_compile_and_opcheck():
     with use_backend("reference"):
         compiled = torch.compile(lambda a, w: decode_linear(a, w, **options) * 2, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x, weight), decode_linear(x, weight, **options) * 2)
-        torch.library.opcheck(_op, (x, weight, options["norm"], 1e-5, None, "swiglu", None))
+        torch.library.opcheck(_op, (x, weight, None, None, options["norm"], 1e-5, None, "swiglu", None))
+        small = quantize(weight, 4)
+        compiled = torch.compile(lambda a: decode_linear(a, small, **options), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), decode_linear(x, small, **options))
+        torch.library.opcheck(_op, (x, small.data, small.scale, small.minimum, options["norm"], 1e-5, None, "swiglu", None))
 
 
 @pytest.mark.parametrize(
