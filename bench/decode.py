@@ -15,8 +15,8 @@ import time
 import torch
 
 from ..kernels.dispatch import backend, why_not_triton
-from ..model import Llama, generate
-from ..model.cli import Parser
+from ..model import Llama, cli, generate
+from ..model.parallel import ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -291,7 +291,7 @@ def integers(text):
 
 
 def parser():
-    p = Parser(prog="trillama bench", description="Prefill and decode throughput beside their bounds.")
+    p = cli.Parser(prog="trillama bench", description="Prefill and decode throughput beside their bounds.")
     p.add_argument("--model", default="smollm2", metavar="SOURCE", help="folder, GGUF file, hub id or preset (default: smollm2)")
     p.add_argument("--batch", type=integers, default=[1], metavar="1,8", help="batch sizes")
     p.add_argument("--prompt", type=integers, default=[64], metavar="64,512", help="prompt lengths in tokens")
@@ -312,8 +312,8 @@ def main(argv=None):
         raise ValueError(f"--new is {args.new} and --rounds {args.rounds}, expected at least 2 and 1")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = Llama.from_pretrained(args.model, device=device, dtype=DTYPES.get(args.dtype))
+    device = torch.device(ranks().device(args.device) or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = Llama.from_pretrained(args.model, device=device, dtype=DTYPES.get(args.dtype), ranks=ranks())
     dtype = model.lm_head.weight.dtype
     longest = max(args.prompt) + args.new
     if longest > model.config.context_length:
@@ -337,8 +337,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"trillama: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.main(["bench", *sys.argv[1:]]))
