@@ -210,6 +210,7 @@ def card(model, source, dtype, device, bandwidth):
     return {
         "model": str(source),
         "parameters": parameters,
+        "ranks": model.ranks.size,
         "dtype": str(dtype)[6:],
         "device": name,
         "path": "Triton" if triton else "reference",
@@ -222,9 +223,10 @@ def card(model, source, dtype, device, bandwidth):
 
 
 def show_card(c):
+    shared = f"; this is rank 0 of {c['ranks']}, all-reduces are in no bound" if c["ranks"] > 1 else ""
     lines = (
         ("model", f"{c['model']}, {c['parameters'] / 1e6:.1f} M parameters, {c['dtype']}"),
-        ("machine", f"{c['device']}; {c['path']} path; torch {c['torch']}"),
+        ("machine", f"{c['device']}; {c['path']} path; torch {c['torch']}{shared}"),
         ("weights read per step", f"{c['weight_bytes_per_step'] / 1e6:.1f} MB"),
         ("cache per position", f"{c['cache_bytes_per_position'] / 1e3:.1f} kB"),
         ("streaming bandwidth", f"{c['streaming_bandwidth'] / 1e9:.1f} GB/s (measured: one long read)"),
@@ -310,6 +312,8 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.new < 2 or args.rounds < 1:
         raise ValueError(f"--new is {args.new} and --rounds {args.rounds}, expected at least 2 and 1")
+    if args.against and ranks().size > 1:
+        raise ValueError(f"--against is {args.against} on {ranks().size} ranks, expected one: transformers would run on each")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(ranks().device(args.device) or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -328,6 +332,8 @@ def main(argv=None):
         for prompt in args.prompt:
             rows.append(measure(model, rival, batch, prompt, args.new, args.rounds, bandwidth, dtype))
             show_row(rows[-1])
+    if ranks().rank > 0:
+        return 0
     if args.json:
         with open(args.json, "w", encoding="utf-8") as f:
             json.dump({"card": facts, "rows": rows}, f, indent=2)

@@ -1,0 +1,303 @@
+"""Tensor parallelism over 2 and 4 processes against one: the same numbers, less memory, and a common end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import worlds
+from trillama.model import parallel
+from trillama.model.config import Config
+from trillama.model.llama import Llama
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [pytest.mark.host, pytest.mark.skipif(sys.platform != "linux", reason="the worlds of these tests are Linux's")]
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+CASES = {
+    "8/2": ("Llama", {}),
+    "8/8": ("Llama", {"num_key_value_heads": 8}),
+    "4/1": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}),
+    "9/3, tied": ("Llama", {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}),
+    "6/2, biases": ("Llama", {"hidden_size": 72, "num_attention_heads": 6, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "num_key_value_heads": 4}),
+    "phi3": ("Phi3", {}),
+}  # fmt: skip
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for case, (family, changes) in CASES.items():
+        torch.manual_seed(len(made))
+        config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # norms and biases are ones and zeros otherwise
+                torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
+        made[case] = tmp_path_factory.mktemp("model")
+        model.save_pretrained(made[case], max_shard_size="100KB" if case == "8/2" else "1GB")
+    assert len(list(made["8/2"].glob("*.safetensors"))) > 1
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    return worlds.answers(folders, alone=True)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def given(request, folders, tmp_path_factory):
+    return worlds.World(tmp_path_factory.mktemp("world"), request.param, worlds.answers, folders).results()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_numbers(case, given, expected):
+    first, others = given[0][case], [rank[case] for rank in given[1:]]
+    for name, value in first.items():
+        assert all(np.array_equal(value, other[name]) for other in others), f"{name}: the ranks differ"
+        if name.startswith(("whole", "cached")):
+            assert error(value, expected[case][name]) < TOLERANCE, name
+        elif name != "drawn without a seed":
+            assert value.tolist() == expected[case][name].tolist(), name
+
+
+def error(actual, exact):
+    return oracle.error(torch.from_numpy(actual), torch.from_numpy(exact))
+
+
+def test_every_size(folders):
+    """Heads, columns and rows are each somebody's, once; key/value heads go with their queries; the refusal names what works."""
+    for heads, kv_heads in ((8, 2), (8, 8), (4, 1), (9, 3), (12, 4), (32, 8), (40, 10)):
+        config = Config.read({**SIZES, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 16,
+                              "intermediate_size": 1536})  # fmt: skip
+        for size in range(1, heads + 1):
+            ranks = [_rank(r, size) for r in range(size)]
+            pairs = [r.heads(config) for r in ranks]
+            assert [h for q, _ in pairs for h in q] == list(range(heads))
+            for q, kv in pairs:
+                assert sorted({h * kv_heads // heads for h in q}) == list(kv)
+                assert len(q) % len(kv) == 0
+                assert len(q) <= -(-heads // size) * 2, "two ranks' work for one"
+            assert [c for r in ranks for c in r.columns(config)] == list(range(1536))
+            assert all(len(r.columns(config)) % 16 == 0 for r in ranks)
+            assert [v for r in ranks for v in r.share(97)] == list(range(97))
+        with pytest.raises(ValueError, match=f"{heads + 1} ranks are too many for {heads} heads .* expected 1 to {heads}$"):
+            _rank(0, heads + 1).slice(config)
+
+
+def _rank(rank, size):
+    one = parallel.Alone()
+    one.rank, one.size = rank, size
+    return one
+
+
+def test_alone_is_as_before(folders):
+    """Without ranks nothing is added, gathered or sliced, and gradients flow."""
+    model = Llama.from_pretrained(folders["8/2"])
+    assert model.ranks is parallel.ALONE is parallel.ranks()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_triton(folders, expected, tmp_path):
+    """The same launches a layer as on one device, on every rank; the same ids."""
+    pytest.importorskip("triton")
+    results = worlds.World(tmp_path, 2, worlds.launches, folders["4/1"]).results()
+    from trillama.model import generate
+
+    alone = generate(Llama.from_pretrained(folders["4/1"]), [[5, 6, 7]], max_new_tokens=4, eos=[]).tolist()
+    for ids, names, _ in results:
+        assert ids == alone
+        assert names.count("_linear_kernel") == 2 * 4 * 4  # layers, products a layer, steps: the prompt is short enough
+        assert names.count("_decode_kernel") == 2 * 3
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory cannot be reset here")
+def test_memory_falls(tmp_path):
+    """Peak memory of a rank while it loads: its part of the weights, and of one more tensor."""
+    from safetensors.torch import save_file
+
+    config = transformers.LlamaConfig(
+        vocab_size=16000, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in transformers.LlamaForCausalLM(config).named_parameters()}
+    save_file({name: torch.rand(shape).to(torch.bfloat16) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    total = 4 * sum(shape.numel() for shape in shapes.values())
+    peaks = {}
+    for size in (1, 2, 4):
+        (tmp_path / str(size)).mkdir()
+        results = worlds.World(tmp_path / str(size), size, worlds.peak_while_loading, tmp_path).results()
+        assert sum(part for _, part in results) == pytest.approx(total, rel=1e-3)  # only norms are everybody's
+        peaks[size] = max(peak for peak, _ in results)
+        print(f"{size} ranks: weights {total / 1e6:.1f} MB in all, peak of a rank {peaks[size] / 1e6:.1f} MB")
+        assert peaks[size] < total / size + 40e6
+    assert peaks[4] < 0.6 * peaks[2] < 0.36 * peaks[1]
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+LIMIT = 60  # seconds in which a failure of one rank must have ended all
+
+
+def generating(folder, *options):
+    return ["generate", "the capital", "--model", str(folder), "--device", "cpu", "--max-new-tokens", "490", "--no-cache", *options]
+
+
+def ended(world, survivors, message):
+    """Asserts that all survivors have ended with status 2 in time, and that stderr has one line."""
+    start = time.monotonic()
+    world.deadline = start + LIMIT
+    codes = world.codes()
+    assert [codes[rank] for rank in survivors] == [2] * len(survivors), (codes, world.words())
+    for rank in survivors:
+        lines = [line for line in world.output(rank, "err").splitlines() if line.startswith("trillama")]
+        assert lines == ([f"trillama: error: {message}"] if rank == survivors[0] else []) or (
+            lines == [f"trillama: error: {message}"] and 0 not in survivors
+        ), world.words()
+        assert "Traceback" not in world.output(rank, "err")
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("dies", [0, 1, 2])
+def test_a_rank_is_killed(dies, tiny_folder, tmp_path):
+    """SIGKILL in the middle of a text, without torchrun to notice it."""
+    world = worlds.World(tmp_path, 3, worlds.command, generating(tiny_folder))
+    world.wait_for(lambda: world.output(0))
+    world.signal(dies)
+    seconds = ended(world, [rank for rank in range(3) if rank != dies], f"rank {dies} is gone")
+    assert seconds < 10, "the system says at once that a connection is closed"
+
+
+def test_a_rank_is_killed_while_others_wait_for_it_to_load(tiny_folder, tmp_path):
+    world = worlds.World(tmp_path, 3, worlds.slow_to_load, generating(tiny_folder), 100)
+    world.wait_for(lambda: world.output(1))
+    world.signal(1)
+    assert ended(world, [0, 2], "rank 1 is gone") < 10
+
+
+def test_a_rank_that_is_stuck(tiny_folder, tmp_path):
+    """Stopped, not dead: its connections stay open, and the collectives' own limit ends the others."""
+    world = worlds.World(tmp_path, 2, worlds.command, generating(tiny_folder), None, None, 4.0)
+    world.wait_for(lambda: world.output(0))
+    world.signal(1, signal.SIGSTOP)
+    world.processes[0].join(LIMIT)
+    assert world.processes[0].exitcode == 2, world.words()
+    assert "trillama: error: " in world.output(0, "err")
+    world.signal(1, signal.SIGCONT)
+    assert world.codes()[1] == 2
+
+
+def test_an_error_on_one_rank(tiny_folder, tmp_path):
+    world = worlds.World(tmp_path, 2, worlds.failing, generating(tiny_folder), 1)
+    ended(world, [0, 1], "rank 1: CUDA out of memory. Tried to allocate 20 GiB")
+
+
+def test_an_error_on_all_ranks(tiny_folder, tmp_path):
+    world = worlds.World(tmp_path, 2, worlds.command, generating(tiny_folder, "--temperature", "-1"))
+    ended(world, [0, 1], "temperature is -1.0, expected a number from 0 on")
+
+
+def test_too_many_ranks(folders, tiny_folder, tmp_path):
+    size = 7  # for 6 heads
+    world = worlds.World(tmp_path, size, worlds.command, generating(tiny_folder))
+    ended(world, range(size), f"{tiny_folder}: 7 ranks are too many for 6 heads and an intermediate_size of 80, expected 1 to 5")
+
+
+def test_other_files(tiny_folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in tiny_folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    world = worlds.World(tmp_path, 2, worlds.command, generating(tiny_folder), {1: generating(other)})
+    assert world.codes() == [2, 2]
+    (line,) = world.output(0, "err").splitlines()
+    assert line.startswith("trillama: error: rank 1: ")
+    assert "checkpoint is 21 tensors with names, shapes and config of digest" in line
+
+
+def test_other_version(tiny_folder, tmp_path):
+    world = worlds.World(tmp_path, 2, worlds.other_version, generating(tiny_folder))
+    version = parallel.metadata.version("trillama")
+    ended(world, [0, 1], f"rank 1: {tiny_folder}: trillama is 9.9, but on rank 0 it is {version}")
+
+
+# --- torchrun --------------------------------------------------------------------------------------------------------
+
+
+def torchrun(size, *arguments, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--standalone", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def script():
+    file = Path(sys.executable).with_name("trillama")
+    if not file.exists():
+        pytest.skip("the console script is not installed beside this Python")
+    return file
+
+
+def test_torchrun_and_a_killed_rank(tiny_folder):
+    run = torchrun(2, script(), *generating(tiny_folder))
+    try:
+        assert run.stdout.read(1)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        worker = next(int(c) for c in children if b"RANK=1" in Path(f"/proc/{c}/environ").read_bytes().split(b"\0"))
+        os.kill(worker, signal.SIGKILL)
+        start = time.monotonic()
+        _, words = run.communicate(timeout=LIMIT)
+        assert time.monotonic() - start < LIMIT
+        assert run.returncode != 0
+        assert "trillama: error: rank 1 is gone" in words or "SIGKILL" in words
+    finally:
+        run.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_smollm2(size, smollm2_gguf):
+    """The commands of the README: the same text as on one device, printed once."""
+    words = ["generate", "The capital of France is", "--model", smollm2_gguf, "--device", "cpu", "--max-new-tokens", "24", "--json"]
+    alone = subprocess.run([script(), *words], capture_output=True, text=True, check=True)
+    shared = torchrun(size, script(), *words)
+    out, err = shared.communicate(timeout=400)
+    assert shared.returncode == 0, err
+    assert json.loads(out)["ids"] == json.loads(alone.stdout)["ids"]
+
+
+@pytest.mark.slow
+def test_smollm2_logits(smollm2_gguf, tmp_path):
+    expected = worlds.answers({"smollm2": smollm2_gguf}, alone=True)["smollm2"]
+    for size in (2, 3, 4):
+        (tmp_path / str(size)).mkdir()
+        given = worlds.World(tmp_path / str(size), size, worlds.answers, {"smollm2": smollm2_gguf}, timeout=400).results()[0]
+        for name, value in given["smollm2"].items():
+            if name.startswith(("whole", "cached")):
+                assert error(value, expected[name]) < TOLERANCE, (size, name)
+        assert given["smollm2"]["greedy"].tolist() == expected["greedy"].tolist()
+
+
+@pytest.mark.slow
+def test_benchmark(tiny_folder, tmp_path):
+    run = torchrun(2, "-m", "trillama.bench.decode", "--model", tiny_folder, "--device", "cpu", "--prompt", 8, "--new", 8,
+                   "--rounds", 1, "--json", tmp_path / "rows.json")  # fmt: skip
+    out, err = run.communicate(timeout=200)
+    assert run.returncode == 0, err
+    assert out.count("streaming bandwidth") == 1
+    assert json.loads((tmp_path / "rows.json").read_text())["card"]["ranks"] == 2

@@ -1,0 +1,214 @@
+"""Processes as torchrun starts them, for the tests of what runs on several: forked from a server that has torch already, so that a
+world of four costs a second. The functions at the end run in them."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([
+    "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "trillama.model.llama", "trillama.model.generation",
+    "trillama.model.checkpoint", "trillama.model.tokenizer", "trillama.kernels.compat.transformers",
+])  # fmt: skip
+
+
+class World:
+    """size processes, each calling function(*arguments) with torchrun's environment; folder: where they write."""
+
+    def __init__(self, folder, size, function, *arguments, timeout=100.0):
+        self.folder, self.size, self.deadline = Path(folder), size, time.monotonic() + timeout
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # The port is free now and maybe not later: the first rank's store reports that, which has not been seen.
+        shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.processes = []
+        for rank in range(size):
+            environment = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            process = context.Process(target=_run, args=(str(self.folder), rank, environment, function, arguments), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def output(self, rank, stream="out"):
+        file = self.folder / f"{rank}.{stream}"
+        return file.read_text(encoding="utf-8") if file.exists() else ""
+
+    def wait_for(self, condition):
+        while not condition():
+            assert time.monotonic() < self.deadline, self.words()
+            assert all(process.exitcode in (None, 0) for process in self.processes), self.words()
+            time.sleep(0.02)
+
+    def signal(self, rank, number=signal.SIGKILL):
+        os.kill(self.processes[rank].pid, number)
+
+    def codes(self):
+        """Exit statuses; a process that does not end in time is killed."""
+        for process in self.processes:
+            process.join(max(0.0, self.deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            if process.exitcode is None:
+                process.kill()
+        return codes
+
+    def results(self):
+        """What the functions returned, rank by rank."""
+        codes = self.codes()
+        assert codes == [0] * self.size, (codes, self.words())
+        return [pickle.loads((self.folder / f"{rank}.result").read_bytes()) for rank in range(self.size)]
+
+    def words(self):
+        return [self.output(rank, "err") for rank in range(self.size)]
+
+
+def _run(folder, rank, environment, function, arguments):
+    os.environ.update(environment)
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        stream.flush()
+        with open(f"{folder}/{rank}.{name}", "wb") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    try:
+        result = function(*arguments)
+    except SystemExit as end:
+        sys.stdout.flush()
+        os._exit(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    Path(f"{folder}/{rank}.result").write_bytes(pickle.dumps(result))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+# --- what runs in them: inference ------------------------------------------------------------------------------------
+
+
+def command(argv, replaced=None, stop=None, patience=None):
+    """The command line; `replaced`: {rank: the words of another command}; patience: that of `parallel`."""
+    from trillama.model import cli, parallel
+
+    if patience is not None:
+        parallel.PATIENCE = patience
+    sys.exit(cli.main((replaced or {}).get(int(os.environ["RANK"]), argv)))
+
+
+def other_version(argv):
+    """The command line where rank 1 believes to have another version of the package."""
+    from trillama.model import parallel
+
+    if os.environ["RANK"] == "1":
+        version = parallel.metadata.version
+        parallel.metadata.version = lambda name: "9.9" if name == "trillama" else version(name)
+    command(argv)
+
+
+def failing(argv, rank):
+    """The command line where one rank meets an error in the middle of its work."""
+    from trillama.model import generation
+
+    if os.environ["RANK"] == str(rank):
+        sample = generation._Step.__call__
+
+        def step(self, new):
+            if len(new) == 5:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB\nand more lines")
+            return sample(self, new)
+
+        generation._Step.__call__ = step
+    command(argv)
+
+
+def slow_to_load(argv, seconds):
+    """The command line where rank 1 takes its time to load."""
+    from trillama.model import llama
+
+    if os.environ["RANK"] == "1":
+        load = llama._load
+
+        def late(*arguments):
+            print("loading", flush=True, file=sys.__stdout__)
+            time.sleep(seconds)
+            load(*arguments)
+
+        llama._load = late
+    command(argv)
+
+
+def answers(folders, alone=False, backend="auto"):
+    """{case: what `answer` gives} for the models in these folders, shared by the ranks."""
+    from trillama.kernels import use_backend
+    from trillama.model import parallel
+
+    with contextlib.nullcontext(parallel.ALONE) if alone else parallel.join() as ranks, use_backend(backend):
+        return {case: answer(folder, ranks) for case, folder in folders.items()}
+
+
+def answer(folder, ranks):
+    """Logits of a batch of 3 and of 1, whole and through the cache, and generated ids, greedy and drawn."""
+    import torch
+    from trillama.model import KVCache, Llama, generate
+
+    model = Llama.from_pretrained(folder, device="cpu", dtype=torch.float32, ranks=ranks)
+    generator = torch.Generator().manual_seed(5)
+    out = {}
+    for batch in (1, 3):
+        ids = torch.randint(3, model.config.vocab_size, (batch, 13), generator=generator)
+        with torch.inference_mode():
+            out[f"whole {batch}"] = model(ids)
+            cache = KVCache(model.config, batch, 20)
+            steps = [model(ids[:, :10], cache), *(model(ids[:, i : i + 1], cache) for i in (10, 11)), model(ids[:, 12:], cache)]
+        out[f"cached {batch}"] = torch.cat(steps, 1)
+    prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17]]
+    out["greedy"] = generate(model, prompts, max_new_tokens=8, eos=[])
+    out["greedy, no cache"] = generate(model, prompts[:1], max_new_tokens=3, eos=[], use_cache=False)
+    out["drawn"] = generate(model, prompts, max_new_tokens=4, eos=[], temperature=0.9, top_k=20, seed=3)
+    torch.manual_seed(ranks.rank)
+    out["drawn without a seed"] = generate(model, prompts, max_new_tokens=4, eos=[], temperature=2.0)
+    out["penalised"] = generate(model, prompts, max_new_tokens=4, eos=[], repetition_penalty=1.3)
+    return {name: value.clone().numpy() for name, value in out.items()}
+
+
+def launches(folder):
+    """Names of the kernels that a decode step of these ranks launches, under Triton."""
+    from trillama.kernels import use_backend
+    from trillama.kernels.dispatch import observe
+    from trillama.model import Llama, generate, parallel
+
+    names = []
+
+    def note(kernel, grid, arguments, options):
+        names.append(getattr(kernel, "fn", kernel).__name__)
+
+    with parallel.join() as ranks, use_backend("triton"):
+        model = Llama.from_pretrained(folder, device="cpu", ranks=ranks)
+        with observe(note):
+            ids = generate(model, [[5, 6, 7]], max_new_tokens=4, eos=[], stream=lambda _: names.clear() or None)
+            generate_names = list(names)
+        with observe(note):
+            ids = generate(model, [[5, 6, 7]], max_new_tokens=4, eos=[])
+    return ids.tolist(), names, generate_names
+
+
+def peak_while_loading(folder):
+    """(bytes that the process grows by at most while its part is loaded, bytes of its part)."""
+    import torch
+    from trillama.model import Llama, parallel
+
+    def status(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    with parallel.join() as ranks:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = status("VmRSS")
+        model = Llama.from_pretrained(folder, device="cpu", dtype=torch.float32, ranks=ranks)
+        return status("VmHWM") - before, sum(p.nbytes for p in model.parameters())
