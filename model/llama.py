@@ -39,14 +39,15 @@ class Llama(nn.Module):
         self.ranks, self.config = ranks, ranks.slice(Config.read(config))
         config, vocabulary = self.config, len(ranks.share(self.config.vocab_size))
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(vocabulary, config.hidden_size),
+            # Drawing numbers on the meta device, as Embedding's constructor would, imports all of torch's compiler: seconds.
+            "embed_tokens": nn.Embedding.from_pretrained(torch.empty(vocabulary, config.hidden_size), freeze=False),
             "layers": nn.ModuleList(Block(config, layer, ranks) for layer in range(config.num_hidden_layers)),
             "norm": Norm(config.hidden_size, config.rms_norm_eps),
         })  # fmt: skip
         self.lm_head = nn.Linear(config.hidden_size, vocabulary, bias=False)
         self.rope = Rope(config)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and not parameter.is_meta:
                 nn.init.normal_(parameter, std=config.initializer_range)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -58,7 +59,8 @@ class Llama(nn.Module):
         """The model behind `source`: a Hugging Face or Meta folder, a .gguf file, a hub id or "smollm2"; in eval mode.
 
         device: a GPU where there is one, else the CPU. dtype: a floating-point torch.dtype; float32 on the CPU and the
-        checkpoint's own elsewhere. ranks: of `parallel.join()`, for this rank's part of the model. Raises a ValueError that names file and tensor or field for anything that does not fit.
+        checkpoint's own elsewhere. ranks: of `parallel.join()`, to load this rank's part of the model, without gradients.
+        Raises a ValueError that names file and tensor or field for anything that does not fit.
         """
         from .checkpoint import open_checkpoint
 

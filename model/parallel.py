@@ -214,6 +214,8 @@ class Ranks(Alone):
 
     def __init__(self):
         try:
+            if os.environ["RANK"] != "0":
+                _await(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
             self._store, self.rank, self.size = next(dist.rendezvous("env://", timeout=timedelta(seconds=PATIENCE)))
             self.lifeline = Lifeline(self.rank, self.size, self._store)
         except (OSError, RuntimeError) as error:
@@ -310,6 +312,18 @@ class Ranks(Alone):
 def _short(value):
     text = str(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _await(host, port):
+    """Until somebody listens there: torch's store would wait twice as long as it is told, and then print its stack."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=PATIENCE).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def brief(error):

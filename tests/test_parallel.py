@@ -13,7 +13,7 @@ import oracle
 import pytest
 import torch
 import worlds
-from trillama.model import parallel
+from trillama.model import generate, parallel
 from trillama.model.config import Config
 from trillama.model.llama import Llama
 
@@ -115,14 +115,11 @@ def test_alone_is_as_before(folders):
 def test_triton(folders, expected, tmp_path):
     """The same launches a layer as on one device, on every rank; the same ids."""
     pytest.importorskip("triton")
-    results = worlds.World(tmp_path, 2, worlds.launches, folders["4/1"]).results()
-    from trillama.model import generate
-
-    alone = generate(Llama.from_pretrained(folders["4/1"]), [[5, 6, 7]], max_new_tokens=4, eos=[]).tolist()
-    for ids, names, _ in results:
+    alone = generate(Llama.from_pretrained(folders["4/1"]), [[5, 6, 7]], max_new_tokens=2, eos=[]).tolist()
+    for ids, names in worlds.World(tmp_path, 2, worlds.launches, folders["4/1"]).results():
         assert ids == alone
-        assert names.count("_linear_kernel") == 2 * 4 * 4  # layers, products a layer, steps: the prompt is short enough
-        assert names.count("_decode_kernel") == 2 * 3
+        assert names.count("_linear_kernel") == 2 * 4 * 2  # layers, products a layer, passes: the prompt is short enough
+        assert names.count("_decode_kernel") == 2
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory cannot be reset here")
@@ -192,7 +189,7 @@ def test_a_rank_is_killed_while_others_wait_for_it_to_load(tiny_folder, tmp_path
 
 def test_a_rank_that_is_stuck(tiny_folder, tmp_path):
     """Stopped, not dead: its connections stay open, and the collectives' own limit ends the others."""
-    world = worlds.World(tmp_path, 2, worlds.command, generating(tiny_folder), None, None, 4.0)
+    world = worlds.World(tmp_path, 2, worlds.command, generating(tiny_folder), None, None, 2.0)
     world.wait_for(lambda: world.output(0))
     world.signal(1, signal.SIGSTOP)
     world.processes[0].join(LIMIT)

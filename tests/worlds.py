@@ -165,20 +165,20 @@ def answer(folder, ranks):
         with torch.inference_mode():
             out[f"whole {batch}"] = model(ids)
             cache = KVCache(model.config, batch, 20)
-            steps = [model(ids[:, :10], cache), *(model(ids[:, i : i + 1], cache) for i in (10, 11)), model(ids[:, 12:], cache)]
+            steps = [model(part, cache) for part in ids.split((10, 1, 2), 1)]
         out[f"cached {batch}"] = torch.cat(steps, 1)
     prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17]]
-    out["greedy"] = generate(model, prompts, max_new_tokens=8, eos=[])
-    out["greedy, no cache"] = generate(model, prompts[:1], max_new_tokens=3, eos=[], use_cache=False)
-    out["drawn"] = generate(model, prompts, max_new_tokens=4, eos=[], temperature=0.9, top_k=20, seed=3)
+    out["greedy"] = generate(model, prompts, max_new_tokens=6, eos=[])
+    out["greedy, no cache"] = generate(model, prompts[:1], max_new_tokens=2, eos=[], use_cache=False)
+    out["drawn"] = generate(model, prompts, max_new_tokens=3, eos=[], temperature=0.9, top_k=20, seed=3)
     torch.manual_seed(ranks.rank)
-    out["drawn without a seed"] = generate(model, prompts, max_new_tokens=4, eos=[], temperature=2.0)
-    out["penalised"] = generate(model, prompts, max_new_tokens=4, eos=[], repetition_penalty=1.3)
+    out["drawn without a seed"] = generate(model, prompts, max_new_tokens=3, eos=[], temperature=2.0)
+    out["penalised"] = generate(model, prompts, max_new_tokens=3, eos=[], repetition_penalty=1.3)
     return {name: value.clone().numpy() for name, value in out.items()}
 
 
 def launches(folder):
-    """Names of the kernels that a decode step of these ranks launches, under Triton."""
+    """(ids, names of the kernels launched) of a prompt and one decode step, under Triton."""
     from trillama.kernels import use_backend
     from trillama.kernels.dispatch import observe
     from trillama.model import Llama, generate, parallel
@@ -188,14 +188,10 @@ def launches(folder):
     def note(kernel, grid, arguments, options):
         names.append(getattr(kernel, "fn", kernel).__name__)
 
-    with parallel.join() as ranks, use_backend("triton"):
+    with parallel.join() as ranks, use_backend("triton"), observe(note):
         model = Llama.from_pretrained(folder, device="cpu", ranks=ranks)
-        with observe(note):
-            ids = generate(model, [[5, 6, 7]], max_new_tokens=4, eos=[], stream=lambda _: names.clear() or None)
-            generate_names = list(names)
-        with observe(note):
-            ids = generate(model, [[5, 6, 7]], max_new_tokens=4, eos=[])
-    return ids.tolist(), names, generate_names
+        ids = generate(model, [[5, 6, 7]], max_new_tokens=2, eos=[])
+    return ids.tolist(), names
 
 
 def peak_while_loading(folder):
