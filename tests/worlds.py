@@ -208,3 +208,147 @@ def peak_while_loading(folder):
         before = status("VmRSS")
         model = Llama.from_pretrained(folder, device="cpu", dtype=torch.float32, ranks=ranks)
         return status("VmHWM") - before, sum(p.nbytes for p in model.parameters())
+
+
+# --- what runs in them: training -------------------------------------------------------------------------------------
+
+STEPS, FEW, ROWS = 20, 6, 4  # rows: of all processes together
+
+
+def tiny(checkpointing=False):
+    """transformers' Llama of random weights on this project's kernels."""
+    import torch
+    import transformers
+    from trillama.kernels.compat.transformers import NAME, patch
+
+    torch.manual_seed(11)
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        max_position_embeddings=64, attn_implementation=NAME, use_cache=False,
+    )  # fmt: skip
+    model = patch(transformers.LlamaForCausalLM(config)).train()
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # before transformers 5
+        enable({"use_reentrant": False})
+    return model
+
+
+def batches(steps):
+    import torch
+
+    for step in steps:
+        first = torch.randint(0, 61, (ROWS, 1), generator=torch.Generator().manual_seed(step))
+        yield (first + 3 * torch.arange(17)) % 61  # with something to learn
+
+
+def steps_of(model, optimiser, steps, rank=0, size=1):
+    """The losses of training steps on this rank's rows, averaged over the ranks."""
+    import torch
+    import torch.distributed as dist
+
+    losses = []
+    for ids in batches(steps):
+        ids = ids.chunk(size)[rank]
+        loss = model(input_ids=ids, labels=ids).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        loss = loss.detach().clone()
+        if size > 1:
+            dist.all_reduce(loss, dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
+            loss /= size
+        losses.append(loss.item())
+    assert all(torch.isfinite(p).all() for p in model.parameters() if not hasattr(p, "to_local"))
+    return losses
+
+
+def optimiser_of(model):
+    import torch
+
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def alone(checkpointing=False, steps=STEPS):
+    model = tiny(checkpointing)
+    return steps_of(model, optimiser_of(model), range(steps))
+
+
+def engines(folder):
+    """{engine: losses} of DDP and FSDP2, the latter with activation checkpointing and through a saved checkpoint as well."""
+    import torch.distributed as dist
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size,))
+
+    def sharded(checkpointing=False):
+        model = tiny(checkpointing)
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    out = {}
+    model = DistributedDataParallel(tiny())
+    out["ddp"] = steps_of(model, optimiser_of(model), range(STEPS), rank, size)
+    for name, checkpointing, steps in (("fsdp2", False, STEPS), ("fsdp2, activation checkpointing", True, FEW)):
+        model = sharded(checkpointing)
+        out[name] = steps_of(model, optimiser_of(model), range(steps), rank, size)
+
+    half = FEW // 2
+    model = sharded()
+    optimiser = optimiser_of(model)
+    losses = steps_of(model, optimiser, range(half), rank, size)
+    weights, moments = get_state_dict(model, optimiser)
+    checkpoint.save({"model": weights, "optimiser": moments}, checkpoint_id=folder)
+    model = sharded()
+    for parameter in model.parameters():
+        parameter.data.zero_()  # whatever it has, it must come from the files
+    optimiser = optimiser_of(model)
+    weights, moments = get_state_dict(model, optimiser)
+    state = {"model": weights, "optimiser": moments}
+    checkpoint.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
+    out["distributed checkpoint"] = losses + steps_of(model, optimiser, range(half, FEW), rank, size)
+    dist.destroy_process_group()
+    return out
+
+
+def shards_of_a_sequence():
+    """Row kernels on this rank's part of the tokens, gathered, and gradients of the weight, summed: what sequence parallelism does
+    between an all-gather and a reduce-scatter."""
+    import torch
+    import torch.distributed as dist
+    from trillama.kernels import add_rms_norm, rms_norm, swiglu
+
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    x, residual, weight = inputs_of_rows()
+    weight.requires_grad_()
+    out = {}
+    for name, function in (
+        ("rms_norm", lambda a, b: rms_norm(a, weight)),
+        ("add_rms_norm", lambda a, b: add_rms_norm(a, b, weight)[0]),
+        ("swiglu", lambda a, b: swiglu(a, b) * weight),
+    ):
+        a, b = (t.tensor_split(size, 1)[rank] for t in (x, residual))  # views, not contiguous: [B, S / ranks, N]
+        y = function(a, b)
+        (gradient,) = torch.autograd.grad(y.square().sum(), weight)
+        dist.all_reduce(gradient)
+        parts = [torch.empty_like(part).contiguous() for part in x.tensor_split(size, 1)]
+        for r, part in enumerate(parts):
+            dist.broadcast(part.copy_(y.detach()) if r == rank else part, r)
+        out[name] = torch.cat(parts, 1).numpy(), gradient.numpy()
+    dist.destroy_process_group()
+    return out
+
+
+def inputs_of_rows():
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    return (torch.randn(shape, generator=generator) for shape in ((3, 7, 40), (3, 7, 40), (40,)))
