@@ -92,7 +92,6 @@ def _generate(options):
     from .presets import locate
 
     source = locate(options.model)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     import torch
@@ -103,6 +102,7 @@ def _generate(options):
     from .parallel import ranks
     from .tokenizer import Tokenizer
 
+    prompt = ranks().first(sys.stdin.read) if options.prompt == "-" else options.prompt
     with use_backend(options.backend or os.environ.get("TRILLAMA_BACKEND") or "auto"):
         tokenizer = Tokenizer.from_pretrained(source)
         if options.chat:

@@ -93,6 +93,10 @@ class Alone:
     def agree(self, **facts):
         """ValueError on a rank whose facts differ from those of the first."""
 
+    def first(self, function):
+        """What the function gives on the first rank, a str, on all."""
+        return function()
+
     def sum(self, x):
         return x
 
@@ -265,6 +269,13 @@ class Ranks(Alone):
                 self._store.set(key, str(mine))
             elif (theirs := self._store.get(key).decode()) != str(mine):
                 raise ValueError(f"{name} is {_short(mine)}, but on rank 0 it is {_short(theirs)}")
+
+    def first(self, function):
+        self._calls += 1
+        key = f"trillama/first/{self._calls}"
+        if self.rank == 0:
+            self._store.set(key, function())
+        return self._store.get(key).decode()
 
     def wait(self):
         self._calls += 1

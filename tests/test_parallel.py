@@ -1,5 +1,6 @@
 """Tensor parallelism over 2 and 4 processes against one: the same numbers, less memory, and a common end."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ import oracle
 import pytest
 import torch
 import worlds
-from trillama.model import generate, parallel
+from trillama.bench import roofline
+from trillama.bench.cases import MODELS
+from trillama.model import KVCache, generate, parallel
 from trillama.model.config import Config
 from trillama.model.llama import Llama
 
@@ -144,6 +147,57 @@ def test_memory_falls(tmp_path):
         print(f"{size} ranks: weights {total / 1e6:.1f} MB in all, peak of a rank {peaks[size] / 1e6:.1f} MB")
         assert peaks[size] < total / size + 40e6
     assert peaks[4] < 0.6 * peaks[2] < 0.36 * peaks[1]
+
+
+def test_prompt_on_standard_input(tiny_folder, tmp_path):
+    """Read once and shared; printed once."""
+    words = ["generate", "-", "--model", str(tiny_folder), "--device", "cpu", "--max-new-tokens", "3", "--json"]
+    world = worlds.World(tmp_path, 2, worlds.prompt_on_stdin, words, "the capital of France")
+    assert world.codes() == [0, 0], world.words()
+    assert json.loads(world.output(0))["prompt_tokens"] > 3
+    assert world.output(1) == ""
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.1-70B", "Llama-3.1-405B"])
+def test_bytes_of_the_plan_are_the_models(name):
+    """What the page says a rank reads is what the rank's own model has, and its cache."""
+    model = MODELS[name]
+    few = dataclasses.replace(model, layers=2)
+    for size in (1, 2, 4, 8, 16):
+        with torch.device("meta"):
+            share = Llama(few.config(), _rank(size - 1, size))
+            cache = KVCache(share.config, 3, 100, torch.bfloat16, "meta")
+        step = roofline.shared_step(few, "H100", size, batch=3, context=100)
+        embedding = share.model.embed_tokens.weight.numel()
+        assert step.weights == 2 * (sum(p.numel() for p in share.parameters()) - embedding)
+        assert step.cache == sum(t.nbytes for t in (*cache.k, *cache.v))
+        assert step.latencies == (0 if size == 1 else 5)
+        assert step.collective == 3 * step.latencies * model.hidden * 2
+
+
+def test_bounds_of_the_plan():
+    """8B on two H100, by hand."""
+    step = roofline.shared_step(MODELS["Llama-3.1-8B"], "H100", 2)
+    parameters = 32 * (4096 * 128 * (32 + 16) + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096) + 4096 + 4096 * 128256
+    norms = 65 * 4096
+    assert step.weights == 2 * ((parameters - norms) / 2 + norms)
+    assert step.memory_seconds == (step.weights + 8192 * 32 * 2 * 4 * 128 * 2) / 3.35e12
+    assert step.link_seconds == 65 * 8192 / 450e9
+    assert step.seconds == step.memory_seconds
+    assert step.with_latency(1e-5) == step.memory_seconds + step.link_seconds + 65e-5
+    across = roofline.shared_step(MODELS["Llama-3.1-8B"], "H100", 16)
+    assert across.link_seconds == pytest.approx(65 * 8192 * (1 / 450e9 + 1 / 8 / 50e9))
+
+
+def test_the_page_has_what_the_command_prints(capsys):
+    assert roofline.main([]) == 0
+    page = (Path(__file__).parent.parent / "docs" / "parallel.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out in page
+    for node in roofline.NODES.values():
+        assert node.source in page
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------

@@ -101,6 +101,14 @@ def command(argv, replaced=None, stop=None, patience=None):
     sys.exit(cli.main((replaced or {}).get(int(os.environ["RANK"]), argv)))
 
 
+def prompt_on_stdin(argv, prompt):
+    """The command line where the first rank alone has a standard input, as under torchrun."""
+    import io
+
+    sys.stdin = io.StringIO(prompt if os.environ["RANK"] == "0" else "")
+    command(argv)
+
+
 def other_version(argv):
     """The command line where rank 1 believes to have another version of the package."""
     from trillama.model import parallel
