@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +107,39 @@ def _rank(rank, size):
     one = parallel.Alone()
     one.rank, one.size = rank, size
     return one
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_slices(case, folders):
+    """The parts of all ranks, put together, are the whole model; what is not split is everybody's, or the first rank's alone."""
+    from trillama.model.checkpoint import open_checkpoint
+
+    with open_checkpoint(folders[case]) as whole:
+        config = Config.read(whole.config)
+        for size in (2, 4):
+            slices = [parallel.Slice(whole, config, _rank(r, size)) for r in range(size)]
+            for name in whole.names():
+                tensor, parts = whole.load(name), [s.load(name) for s in slices]
+                assert [tuple(part.shape) for part in parts] == [s.shape(name) for s in slices]
+                if name.endswith(("o_proj.bias", "down_proj.bias")):
+                    assert torch.equal(parts[0], tensor)
+                    assert not any(part.any() for part in parts[1:])
+                elif tensor.dim() == 1 and "proj" not in name:
+                    assert all(torch.equal(part, tensor) for part in parts)
+                elif not re.search("[kv]_proj|qkv_proj|gate_up_proj", name):
+                    assert torch.equal(torch.cat(parts, 1 if "o_proj" in name or "down_proj" in name else 0), tensor)
+
+
+def test_a_misshapen_tensor(folders):
+    """Its slice would fit; the whole does not."""
+    from trillama.model.checkpoint import open_checkpoint
+
+    with open_checkpoint(folders["8/2"]) as whole:
+        config = dataclasses.replace(Config.read(whole.config), num_attention_heads=4)
+        part = parallel.Slice(whole, config, _rank(0, 2))
+        name = "model.layers.0.self_attn.q_proj.weight"
+        with pytest.raises(ValueError, match=rf"tensor {name}: shape is \(64, 64\), expected 32 on axis 0"):
+            part.shape(name)
 
 
 def test_alone_is_as_before(folders):
