@@ -81,7 +81,9 @@ class Llama(nn.Module):
                 dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype("model.embed_tokens.weight")
             _load(model, checkpoint, device, dtype)
         ranks.wait()
-        return model.eval().requires_grad_(ranks is ALONE)
+        if ranks is not ALONE:
+            model.requires_grad_(False)
+        return model.eval()
 
     def tie(self):
         """Lets the head share the embedding's weight where the config says so."""

@@ -17,8 +17,6 @@ Whoever fails or dies takes all others along with one line, whether they compute
 """
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import queue
@@ -252,13 +250,9 @@ class Ranks(Alone):
         """The Slice of this rank, once it is clear that all ranks have the same checkpoint, versions and dtype."""
         from .config import Config
 
-        names = sorted(checkpoint.names())
-        tensors = [(name, checkpoint.shape(name), str(checkpoint.dtype(name))) for name in names]
-        digest = hashlib.sha256(json.dumps([checkpoint.config, tensors], sort_keys=True, default=str).encode()).hexdigest()
-        self.agree(
-            trillama=metadata.version("trillama"), torch=torch.__version__, dtype=dtype,
-            checkpoint=f"{len(names)} tensors with names, shapes and config of digest {digest[:12]}",
-        )  # fmt: skip
+        versions = {package: metadata.version(package) for package in ("trillama", "torch")}
+        facts = f"{len(checkpoint.names())} tensors whose names, shapes, sizes and config have the digest {checkpoint.digest()}"
+        self.agree(**versions, dtype=dtype, checkpoint=facts)
         return Slice(checkpoint, Config.read(checkpoint.config), self)
 
     def agree(self, **facts):
