@@ -292,6 +292,13 @@ def test_a_rank_that_is_stuck(tiny_folder, tmp_path):
     assert world.codes()[1] == 2
 
 
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_rank_that_never_comes(absent, tiny_folder, tmp_path):
+    world = worlds.World(tmp_path, 2, worlds.command, generating(tiny_folder), None, absent, 1.0)
+    assert world.codes()[1 - absent] == 2
+    assert "trillama: error: the ranks did not find each other within 1 s: " in world.output(1 - absent, "err")
+
+
 def test_an_error_on_one_rank(tiny_folder, tmp_path):
     world = worlds.World(tmp_path, 2, worlds.failing, generating(tiny_folder), 1)
     ended(world, [0, 1], "rank 1: CUDA out of memory. Tried to allocate 20 GiB")

@@ -92,10 +92,13 @@ def _run(folder, rank, environment, function, arguments):
 # --- what runs in them: inference ------------------------------------------------------------------------------------
 
 
-def command(argv, replaced=None, stop=None, patience=None):
-    """The command line; `replaced`: {rank: the words of another command}; patience: that of `parallel`."""
+def command(argv, replaced=None, absent=None, patience=None):
+    """The command line; `replaced`: {rank: the words of another command}; absent: a rank that never starts; patience: that of
+    `parallel`."""
     from trillama.model import cli, parallel
 
+    if os.environ["RANK"] == str(absent):
+        sys.exit(0)
     if patience is not None:
         parallel.PATIENCE = patience
     sys.exit(cli.main((replaced or {}).get(int(os.environ["RANK"]), argv)))
