@@ -157,6 +157,8 @@ def test_alone_is_as_before(folders):
 def test_triton(folders, expected, tmp_path):
     """The same launches a layer as on one device, on every rank; the same ids."""
     pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the ranks of this test are on the CPU, where kernels run in the interpreter alone")
     alone = generate(Llama.from_pretrained(folders["4/1"]), [[5, 6, 7]], max_new_tokens=2, eos=[]).tolist()
     for ids, names in worlds.World(tmp_path, 2, worlds.launches, folders["4/1"]).results():
         assert ids == alone

@@ -43,12 +43,12 @@ def test_activation_checkpointing_alone(expected):
     assert worlds.alone(checkpointing=True, steps=4) == expected[:4]
 
 
-def test_triton_kernels_train_the_same(triton):
+def test_triton_kernels_train_the_same(triton, device):
     """Loss and gradients through the Triton kernels, forward and backward, under activation checkpointing."""
-    ids = next(worlds.batches([0]))[:1, :9]
+    ids = next(worlds.batches([0]))[:1, :9].to(device)
     gradients = {}
     for backend in ("reference", "triton"):
-        model = worlds.tiny(checkpointing=True)
+        model = worlds.tiny(checkpointing=True).to(device)
         del model.model.layers[1]
         with use_backend(backend):
             model(input_ids=ids, labels=ids).loss.backward()
@@ -80,13 +80,12 @@ def _shards(folder, made={}):  # noqa: B006 - one world for all three
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (3, 2, 2), (2, 1, 3, 2), (0, 3)], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_any_leading_shape(leading, backend, request):
+def test_any_leading_shape(leading, backend, device, request):
     """[tokens, N], [S, B, N] with the sequence first, more axes, none at all; also as a transposed view."""
     if backend == "triton":
         request.getfixturevalue("triton")
     generator = torch.Generator().manual_seed(len(leading))
-    x, residual = (torch.randn((*leading, 40), generator=generator) for _ in range(2))
-    weight = torch.randn(40, generator=generator)
+    x, residual, weight = (torch.randn(shape, generator=generator).to(device) for shape in ((*leading, 40), (*leading, 40), (40,)))
     views = [(x, residual)]
     if len(leading) > 1:
         views.append(tuple(t.transpose(0, 1) for t in (x, residual)))

@@ -12,7 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
-context = multiprocessing.get_context("forkserver")
+context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else None)
 context.set_forkserver_preload([
     "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "trillama.model.llama", "trillama.model.generation",
     "trillama.model.checkpoint", "trillama.model.tokenizer", "trillama.kernels.compat.transformers",
