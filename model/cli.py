@@ -4,6 +4,7 @@ A user's mistake ends in one line on stderr and exit status 2. Imports that take
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -14,13 +15,14 @@ from importlib import metadata
 
 BACKENDS = ("auto", "triton", "reference")
 DTYPES = ("float32", "bfloat16", "float16")
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets for the processes that it starts
 
 
 def main(argv=None):
     """Runs one command line (default: the process's own) and returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _dispatch(argv) or 0
+        return (_in_ranks(argv) if all(name in os.environ for name in TORCHRUN) else _dispatch(argv)) or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone: `trillama ... | head`
@@ -30,6 +32,18 @@ def main(argv=None):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"trillama: error: {reason}", file=sys.stderr)
         return 2
+
+
+def _in_ranks(argv):
+    """The command on every process that torchrun started; only the first has something to say."""
+    from . import parallel
+
+    with parallel.join() as ranks, contextlib.ExitStack() as silence:
+        if ranks.rank > 0:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        return _dispatch(argv)
 
 
 def _dispatch(argv):
@@ -78,7 +92,6 @@ def _generate(options):
     from .presets import locate
 
     source = locate(options.model)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     import torch
@@ -86,8 +99,10 @@ def _generate(options):
     from ..kernels import use_backend
     from .generation import generate
     from .llama import Llama
+    from .parallel import ranks
     from .tokenizer import Tokenizer
 
+    prompt = ranks().first(sys.stdin.read) if options.prompt == "-" else options.prompt
     with use_backend(options.backend or os.environ.get("TRILLAMA_BACKEND") or "auto"):
         tokenizer = Tokenizer.from_pretrained(source)
         if options.chat:
@@ -97,7 +112,8 @@ def _generate(options):
         if not ids:
             raise ValueError("PROMPT is empty, expected at least one token")
         dtype = getattr(torch, options.dtype) if options.dtype else None
-        model = Llama.from_pretrained(source, device=_device(options.device), dtype=dtype)
+        ranks().agree(prompt=ids)
+        model = Llama.from_pretrained(source, device=_device(options.device), dtype=dtype, ranks=ranks())
 
         text, stream, clock = [], tokenizer.stream(), [time.perf_counter()]
 
@@ -126,6 +142,10 @@ def _device(name):
     """A torch.device for --device, None where none is given; ValueError where this machine has no such thing."""
     import torch
 
+    from .parallel import ALONE, ranks
+
+    if ranks() is not ALONE:
+        return ranks().device(name)
     if name is None:
         return None
     try:

@@ -49,7 +49,8 @@ def generate(
         # Padded on the right, where causal attention never looks, with the row's own first id, which adds nothing to its set.
         prompt = torch.tensor([row + row[:1] * (longest - len(row)) for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
-        step = _Step(model, prompt, lengths, max_new_tokens if use_cache else None)
+        greedy = temperature < 1e-5 and penalty is None
+        step = _Step(model, prompt, lengths, max_new_tokens if use_cache else None, model.likeliest if greedy else model.head)
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         seen = None
         if penalty is not None:
@@ -58,12 +59,12 @@ def generate(
         while len(new) < max_new_tokens:
             if finished is not None and not finished.late and finished.read():
                 break
-            logits = step(new)
+            logits = step(new)  # or already ids
             if finished is not None and finished.late and finished.read():
                 break
             if seen is not None:
                 logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-            ids = sample(logits, temperature, top_k, top_p, min_p, generator)
+            ids = logits if greedy else model.ranks.same(sample(logits, temperature, top_k, top_p, min_p, generator))
             if len(ends):
                 ids = torch.where(ended, new[-1], ids) if new else ids
                 ended |= (ids[:, None] == ends).any(-1)
@@ -77,10 +78,10 @@ def generate(
 
 
 class _Step:
-    """The logits [B, vocab_size] of what comes after the prompts and the new ids, with a cache or without (capacity None)."""
+    """What `head` makes of the hidden states [B, N] after the prompts and the new ids, with a cache or without (capacity None)."""
 
-    def __init__(self, model, prompt, lengths, capacity):
-        self.model, self.prompt, self.lengths, self.cache = model, prompt, lengths, None
+    def __init__(self, model, prompt, lengths, capacity, head):
+        self.model, self.head, self.prompt, self.lengths, self.cache = model, head, prompt, lengths, None
         self.rows = torch.arange(len(prompt), device=prompt.device)
         if capacity is not None:
             weight = model.model.embed_tokens.weight
@@ -92,7 +93,7 @@ class _Step:
         # Where longrope goes over to its long factors, all keys change: the cache begins anew, as in transformers.
         switched = same_frequencies(self.model.config.rope_parameters, width) == (width, math.inf)
         if self.cache is not None and new and not switched:
-            return self.model.head(self.model.hidden_states(new[-1][:, None], self.cache)[:, -1])
+            return self.head(self.model.hidden_states(new[-1][:, None], self.cache)[:, -1])
         ids, lengths = self.prompt, self.lengths + len(new)
         if new:  # each row's go to where its prompt ends; behind them padding is left
             new = torch.stack(new, 1)
@@ -103,7 +104,7 @@ class _Step:
         hidden = self.model.hidden_states(ids, self.cache)[self.rows, lengths - 1]
         if self.cache is not None:
             self.cache.lengths.copy_(lengths)  # what the padding wrote lies behind the ends and is overwritten
-        return self.model.head(hidden)
+        return self.head(hidden)
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
