@@ -188,8 +188,7 @@ def _decode_linear(
     if x.shape[:-1].numel() <= ROWS:
         return _fused(x, weight, scale, minimum, norm, eps, residual, activation, bias)
     x = x if norm is None else rms_norm(x, norm, eps)
-    y = F.linear(x, weight) if scale is None else whole.linear(x)
-    y = y if bias is None else y + bias
+    y = F.linear(x, weight, bias) if scale is None else whole.linear(x, bias)
     if activation == "swiglu":
         y = swiglu(*y.chunk(2, -1))
     return y if residual is None else y + residual

@@ -51,7 +51,11 @@ class QuantizedWeight:
         return sum(t.nbytes for t in (self.data, self.scale, self.minimum) if t is not None)
 
     def to(self, device):
-        return QuantizedWeight(*(None if t is None else t.to(device) for t in (self.data, self.scale, self.minimum)))
+        return self.apply(lambda t: t.to(device))
+
+    def apply(self, function):
+        """The weight whose tensors are what the function makes of this one's."""
+        return QuantizedWeight(*(None if t is None else function(t) for t in (self.data, self.scale, self.minimum)))
 
     def integers(self, rows=slice(None)):
         """q [n, groups, G], int8 or uint8."""
@@ -74,8 +78,8 @@ class QuantizedWeight:
         zero = self.minimum.float() + 8 * self.scale.float()  # the kernel computes scale (q - 8) + zero
         return order, torch.stack((self.scale.T, zero.to(self.scale.dtype).T), -1).contiguous()
 
-    def linear(self, x):
-        """x [..., K] times the weight, transposed, in x.dtype, by PyTorch alone.
+    def linear(self, x, bias=None):
+        """x [..., K] times the weight, transposed, plus bias, in x.dtype, by PyTorch alone.
 
         On a CPU a few rows of bfloat16 go through PyTorch's own kernels for 8 and 4 bits; everything else dequantises a part of
         the weight at a time, so that memory stays bounded.
@@ -84,15 +88,16 @@ class QuantizedWeight:
         few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[:-1].numel() <= 16
         if few and self.packed is not None:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.reshape(-1, K), self.packed[0], self.group, self.packed[1])
-            return y.view(*x.shape[:-1], N)
-        if few and self.bits == 8 and K % 32 == 0 and N % 16 == 0:  # it reads past the end of other shapes
-            return torch._weight_int8pack_mm(x.reshape(-1, K), self.data, self.scale.flatten()).view(*x.shape[:-1], N)
-        y = x.new_empty((*x.shape[:-1], N))
-        step = max(1, TILE // max(1, K))
-        for start in range(0, N, step):
-            rows = slice(start, start + step)
-            y[..., rows] = F.linear(x, self.dequantize(x.dtype, rows))
-        return y
+        elif few and self.bits == 8 and K % 32 == 0 and N % 16 == 0:  # it reads past the end of other shapes
+            y = torch._weight_int8pack_mm(x.reshape(-1, K), self.data, self.scale.flatten().to(x.dtype))
+        else:
+            step = max(1, TILE // max(1, K))
+            y = x.new_empty((x.shape[:-1].numel(), N))
+            for start in range(0, N, step):
+                rows = slice(start, start + step)
+                y[:, rows] = F.linear(x.reshape(-1, K), self.dequantize(x.dtype, rows))
+        y = y.view(*x.shape[:-1], N)
+        return y if bias is None else y + bias
 
 
 def quantize(weight, bits=8, group=32):

@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from ..kernels import (
+    QuantizedWeight,
     add_rms_norm,
     apply_rope,
+    cpu,
     decode_attention,
     decode_linear,
     flash_attention,
+    quantize,
     rms_norm,
     rope_append_,
     rope_tables,
@@ -26,6 +29,7 @@ from .config import Config
 from .parallel import ALONE
 
 FEW_ROWS = 8  # tokens in a call up to which `decode_linear` has one pass over the weight for all of them
+BITS = {"int8": 8, "int4": 4}
 
 
 class Llama(nn.Module):
@@ -44,7 +48,7 @@ class Llama(nn.Module):
             "layers": nn.ModuleList(Block(config, layer, ranks) for layer in range(config.num_hidden_layers)),
             "norm": Norm(config.hidden_size, config.rms_norm_eps),
         })  # fmt: skip
-        self.lm_head = nn.Linear(config.hidden_size, vocabulary, bias=False)
+        self.lm_head = Linear(config.hidden_size, vocabulary, bias=False)
         self.rope = Rope(config)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and not parameter.is_meta:
@@ -55,12 +59,14 @@ class Llama(nn.Module):
         self.register_load_state_dict_pre_hook(_pack)
 
     @classmethod
-    def from_pretrained(cls, source, *, device=None, dtype=None, ranks=ALONE):
+    def from_pretrained(cls, source, *, device=None, dtype=None, quantize=None, ranks=ALONE):
         """The model behind `source`: a Hugging Face or Meta folder, a .gguf file, a hub id or "smollm2"; in eval mode.
 
-        device: a GPU where there is one, else the CPU. dtype: a floating-point torch.dtype; float32 on the CPU and the
-        checkpoint's own elsewhere. ranks: of `parallel.join()`, to load this rank's part of the model, without gradients.
-        Raises a ValueError that names file and tensor or field for anything that does not fit.
+        device: a GPU where there is one, else the CPU. dtype: a floating-point torch.dtype; on the CPU float32, or bfloat16 for
+        quantised weights, elsewhere the checkpoint's own. quantize: None, "int8" (a scale a row) or "int4" (a scale and a minimum
+        for every 32 columns): the projections are quantised as they are loaded, the head always in 8 bits; embedding and norms
+        stay. ranks: of `parallel.join()`, to load this rank's part of the model, without gradients. Raises a ValueError that
+        names file and tensor or field for anything that does not fit.
         """
         from .checkpoint import open_checkpoint
 
@@ -70,6 +76,8 @@ class Llama(nn.Module):
             raise ValueError(f"dtype is {dtype}, expected a floating-point torch.dtype")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device is {device}, but torch finds no GPU")
+        if quantize is not None and quantize not in BITS:
+            raise ValueError(f"quantize is {quantize!r}, expected 'int8', 'int4' or None")
         with contextlib.closing(open_checkpoint(source)) as checkpoint:
             try:
                 checkpoint = ranks.open(checkpoint, dtype)
@@ -77,10 +85,13 @@ class Llama(nn.Module):
                     model = cls(checkpoint.config, ranks)
             except ValueError as error:
                 raise ValueError(f"{source}: {error}") from None
-            if dtype is None:
-                dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype("model.embed_tokens.weight")
-            _load(model, checkpoint, device, dtype)
+            if dtype is None and device.type == "cpu":
+                dtype = torch.bfloat16 if quantize else torch.float32
+            dtype = dtype or checkpoint.dtype("model.embed_tokens.weight")
+            _load(model, checkpoint, device, dtype, BITS.get(quantize))
         ranks.wait()
+        if device.type == "cpu":
+            cpu.choose([m.weight.detach() for m in model.modules() if isinstance(m, Linear) and not m.quantized])
         if ranks is not ALONE:
             model.requires_grad_(False)
         return model.eval()
@@ -236,8 +247,8 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.window, self.rotary, self.interleaved = config.windows[layer], config.rotary[layer], config.rope_interleaved
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.output_bias)
+        self.qkv_proj = Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.output_bias)
         self.q_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -266,12 +277,35 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x):
         gate, up = self.gate_up_proj(x).chunk(2, -1)
         return self.down_proj(swiglu(gate, up))
+
+
+class Linear(nn.Linear):
+    """A projection. Its weight is a parameter or, after `quantize_`, a `QuantizedWeight`: no parameter, in no state dict."""
+
+    @property
+    def quantized(self):
+        return isinstance(self.weight, QuantizedWeight)
+
+    def quantize_(self, bits):
+        weight = quantize(self.weight, bits)
+        del self.weight
+        self.weight = weight
+
+    def forward(self, x):
+        if self.quantized or (not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_ROWS):
+            return decode_linear(x, self.weight, bias=self.bias)
+        return super().forward(x)
+
+    def _apply(self, function, recurse=True):
+        if self.quantized:
+            self.weight = self.weight.apply(function)
+        return super()._apply(function, recurse)
 
 
 class Norm(nn.Module):
@@ -330,8 +364,8 @@ def _pack(model, state_dict, prefix, *_):
         state_dict[head] = state_dict[embedding]
 
 
-def _load(model, checkpoint, device, dtype):
-    """Fills a model that was built on the meta device, a tensor at a time and straight into its place."""
+def _load(model, checkpoint, device, dtype, bits=None):
+    """Fills a model that was built on the meta device, a tensor at a time and straight into its place. bits: of its weights."""
     from tqdm import tqdm
 
     names, sources, sums = checkpoint.names(), {}, {}
@@ -359,8 +393,13 @@ def _load(model, checkpoint, device, dtype):
                 rows.copy_(checkpoint.load(part))
                 sums[part] = rows.sum(dtype=torch.float32)
                 progress.update(rows.nbytes)
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
+            module = model.get_submodule(owner)
+            setattr(module, leaf, nn.Parameter(weight))
+            if bits is not None and isinstance(module, Linear) and leaf == "weight":
+                module.quantize_(8 if module is model.lm_head else bits)
     model.tie()
+    if bits is not None and not model.lm_head.quantized:
+        model.lm_head.quantize_(8)
     for part, finite in zip(sums, torch.stack(list(sums.values())).isfinite().tolist()):
         if not finite:
             raise ValueError(f"{checkpoint.describe(part)} holds values that are not finite in {str(dtype)[6:]}")

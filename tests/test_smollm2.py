@@ -156,14 +156,49 @@ def test_bfloat16_is_close(smollm2_gguf, model, tokenizer):
         assert oracle.error(half(ids), model(ids)) < 0.05
 
 
+TEXTS = (
+    "The Moon is Earth's only natural satellite. It orbits at an average distance of 384,400 kilometres, about thirty times the "
+    "diameter of the Earth. Its gravity causes the tides of the oceans, and over millions of years it has slowed the rotation of "
+    "our planet. The first people to walk on its surface were Neil Armstrong and Buzz Aldrin in July 1969.",
+    "When the ferry finally came, only three of us were still waiting on the pier. The old man with the two dogs had gone home an "
+    "hour before, shaking his head at the sky, and the students had found a car. I bought a ticket from the boy in the yellow "
+    "jacket and sat down inside, next to a window so covered with salt that the lights of the harbour were nothing but smudges. "
+    "My sister used to say that you can tell how long people have lived on an island by the way they look at the weather. She "
+    "had left at eighteen and come back at forty, and she never once asked me why I stayed.",
+    "To make the bread, dissolve the yeast in a cup of warm water with a spoon of sugar and let it stand for ten minutes. Mix the "
+    "flour and the salt in a large bowl, pour in the water and the oil, and knead the dough until it is smooth and no longer "
+    "sticks to your hands. Cover it with a towel and leave it in a warm place for an hour, or until it has doubled in size. Bake "
+    "it at 220 degrees for half an hour. It is done when it sounds hollow if you knock on the bottom.",
+    "A hash table stores pairs of keys and values in an array. A function turns each key into an index, so that looking up a key "
+    "takes the same time however many there are. Two keys may have the same index; then either the array holds a list at that "
+    "place, or the next free place is taken. When the array is nearly full, a larger one is allocated and all pairs are moved. "
+    "Although a single insertion can thus be slow, the average over many of them is constant, because the size doubles each time.",
+    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)\n\n\n"
+    "def variance(values):\n    centre = mean(values)\n    return mean([(value - centre) ** 2 for value in values])\n",
+    "Parliament will vote next week on a bill that would let cities close streets near schools to cars in the morning. Supporters "
+    "say that accidents fell by a third where it was tried; shop owners fear that customers will stay away. The minister, who had "
+    "opposed an earlier version, said on Tuesday that she would not stand in the way. A second vote is expected before summer, "
+    "and the law could come into force in January.",
+)  # fmt: skip
+
+
+def perplexity(model, tokenizer):
+    losses = []
+    with torch.inference_mode():
+        for text in TEXTS:
+            ids = torch.tensor([tokenizer.encode(text)])
+            losses.append(torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="none"))
+    return torch.cat(losses).mean().exp().item()
+
+
 def test_perplexity(model, tokenizer):
     """The weights are read as they were meant: a wrong order of rows or a wrong theta shows here."""
-    text = (
-        "The Moon is Earth's only natural satellite. It orbits at an average distance of 384,400 kilometres, about thirty times "
-        "the diameter of the Earth. Its gravity causes the tides of the oceans, and over millions of years it has slowed the "
-        "rotation of our planet. The first people to walk on its surface were Neil Armstrong and Buzz Aldrin in July 1969."
-    )
-    ids = torch.tensor([tokenizer.encode(text)])
-    with torch.inference_mode():
-        loss = torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:])
-    assert 3 < loss.exp() < 9
+    assert 3 < perplexity(model, tokenizer) < 15
+
+
+@pytest.mark.parametrize(("bits", "worse"), [("int8", 0.005), ("int4", 0.05)])
+def test_perplexity_of_quantised_weights(smollm2_gguf, model, tokenizer, bits, worse):
+    quantised = Llama.from_pretrained(smollm2_gguf, device="cpu", quantize=bits)
+    assert quantised.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert all(m.quantized for m in quantised.modules() if isinstance(m, torch.nn.Linear))
+    assert perplexity(quantised, tokenizer) / perplexity(model, tokenizer) - 1 < worse
