@@ -107,9 +107,9 @@ class Tokenizer:
         stream = self.stream(skip_special)
         return "".join([stream.put(id) for id in getattr(ids, "tolist", lambda: ids)()]) + stream.end()
 
-    def stream(self, skip_special=True):
-        """A Stream, which decodes ids one by one."""
-        return Stream(self, skip_special)
+    def stream(self, skip_special=True, stop=()):
+        """A Stream, which decodes ids one by one up to the first of the texts in `stop`."""
+        return Stream(self, skip_special, stop)
 
     def apply_chat_template(self, messages, add_generation_prompt=True):
         """Token ids of a dialogue, a list of {"role": ..., "content": ...}, in the form that the model was trained on.
@@ -134,21 +134,42 @@ class Tokenizer:
 
 
 class Stream:
-    """Decodes ids one by one: `put` returns the characters that the id completes, `end` what is left."""
+    """Decodes ids one by one: `put` returns the characters that the id completes, `end` what is left.
 
-    def __init__(self, tokenizer, skip_special):
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+    stop: texts that end the stream, however the tokens cut them. Neither they nor what follows is returned, and what may be the
+    beginning of one is held back until it is known not to be. stopped: whether one was met.
+    """
+
+    def __init__(self, tokenizer, skip_special, stop=()):
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop is {brief(stop)}, expected a list of texts that are not empty")
+        self._tokenizer, self._skip_special, self._stop = tokenizer, skip_special, tuple(stop)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = tokenizer._strip
+        self._held, self.stopped = "", False
 
     def put(self, id):
         data = self._tokenizer._bytes(int(id), self._skip_special)
         if self._strip and data:  # sentencepiece puts a space before the first word
             data, self._strip = data.removeprefix(b" "), False
-        return self._utf8.decode(data)
+        return self._until_stop(self._utf8.decode(data))
 
     def end(self):
-        return self._utf8.decode(b"", final=True)
+        rest = self._until_stop(self._utf8.decode(b"", final=True)) + self._held
+        self._held = ""
+        return rest
+
+    def _until_stop(self, text):
+        if not self._stop or self.stopped:
+            return "" if self.stopped else text
+        text, self._held = self._held + text, ""
+        met = [(begin + len(stop), begin) for stop in self._stop if (begin := text.find(stop)) >= 0]
+        if met:  # the one that was complete first
+            self.stopped = True
+            return text[: min(met)[1]]
+        tails = (text[begin:] for begin in range(max(0, len(text) + 1 - max(map(len, self._stop))), len(text)))
+        self._held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stop)), "")
+        return text.removesuffix(self._held)
 
 
 # --- tokens and bytes ------------------------------------------------------------------------------------------------

@@ -106,6 +106,61 @@ def test_sampling_options_reach_the_model(trillama, tiny_folder):
     assert ids("--temperature", 5, "--top-p", 0.000001) == greedy
 
 
+def test_more_sampling_options(trillama, tiny_folder):
+    def ids(*options):
+        status, out, err = trillama("generate", "a", "--model", tiny_folder, "--max-new-tokens", 20, "--json", *options)
+        assert (status, err) == (0, "")
+        return json.loads(out)["ids"]
+
+    greedy = ids()
+    assert ids("--temperature", 5, "--min-p", 1) == greedy
+    assert ids("--repetition-penalty", 1.0) == greedy
+    penalised = ids("--repetition-penalty", 1e6)
+    assert len(set(penalised)) == 20  # nothing is said twice
+
+
+def test_samples(trillama, tiny_folder):
+    """Each with its own text; the first are the same however many there are."""
+    options = ("generate", "a b", "--model", tiny_folder, "--max-new-tokens", 15, "--temperature", 2, "--seed", 4)
+    three = json.loads(trillama(*options, "--samples", 3, "--json")[1])
+    texts = [sample["text"] for sample in three["samples"]]
+    assert len(set(texts)) == 3
+    assert three["decode"]["tokens"] == 3 * (three["new_tokens"] - 1)
+    one = json.loads(trillama(*options, "--json")[1])
+    assert {key: one[key] for key in ("ids", "text", "end")} == three["samples"][0]
+    assert json.loads(trillama(*options, "--samples", 2, "--json")[1])["samples"] == three["samples"][:2]
+    status, out, _ = trillama(*options, "--samples", 3)
+    assert status == 0
+    assert out == "".join(f"--- {n} of 3\n{text}" + "\n" * (not text.endswith("\n")) for n, text in enumerate(texts, 1))
+
+
+def test_stop(trillama, tiny_folder):
+    """Text ends before the stop string, which two tokens bring about between them; so does generating."""
+    options = ("generate", "a b", "--model", tiny_folder, "--max-new-tokens", 40, "--temperature", 3, "--seed", 8)
+    free = json.loads(trillama(*options, "--json")[1])
+    from trillama.model import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(tiny_folder)
+    pieces = [tokenizer.decode([id]) for id in free["ids"]]
+    at = next(i for i in range(8, 38) if pieces[i].isascii() and pieces[i + 1].isascii() and pieces[i] and pieces[i + 1])
+    stop = pieces[at][-1] + pieces[at + 1][0]
+    end = free["text"].index(stop)
+    got = json.loads(trillama(*options, "--stop", "not there", "--stop", stop, "--json")[1])
+    assert (got["text"], got["end"]) == (free["text"][:end], "stop")
+    assert got["ids"] == free["ids"][: len(got["ids"])]
+    assert len(got["ids"]) <= at + 2
+    _, out, _ = trillama(*options, "--stop", stop)
+    assert out.removesuffix("\n") == free["text"][:end].removesuffix("\n")
+    assert free["end"] == "length"
+
+
+def test_what_may_become_a_stop_string_is_shown_in_the_end(trillama, tiny_folder):
+    options = ("generate", "a b", "--model", tiny_folder, "--max-new-tokens", 6)
+    text = trillama(*options)[1]
+    last = text.removesuffix("\n")[-1]
+    assert trillama(*options, "--stop", last + "never")[1] == text
+
+
 def test_prompt_from_standard_input(trillama, tiny_folder, monkeypatch):
     arguments = ("--model", tiny_folder, "--max-new-tokens", 5, "--json")
     monkeypatch.setattr(sys, "stdin", io.StringIO("one two"))
@@ -134,6 +189,11 @@ MISTAKES = {
     "temperature is a word": (["--temperature", "hot"], "--temperature"),
     "top-k": (["--top-k", "0"], "top_k"),
     "top-p": (["--top-p", "1.5"], "top_p"),
+    "min-p": (["--min-p", "2"], "min_p"),
+    "repetition-penalty": (["--repetition-penalty", "0"], "repetition_penalty"),
+    "an empty stop string": (["--stop", ""], "stop is ['']"),
+    "no samples": (["--samples", "0"], "--samples is 0"),
+    "equal samples": (["--samples", "2"], "--samples is 2, expected 1, or a temperature above 0"),
     "too many tokens": (["--max-new-tokens", "100000"], "512"),
     "a negative number of tokens": (["--max-new-tokens", "-3"], "max_new_tokens"),
     "unknown device": (["--device", "toaster"], "--device is 'toaster'"),
@@ -239,8 +299,9 @@ def test_version(trillama):
 
 def test_help_of_generate_names_every_option(trillama):
     _, out, _ = trillama("generate", "--help")
-    for option in ("PROMPT", "--model", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--chat", "--backend",
-                   "--dtype", "--device", "--no-cache", "--json"):  # fmt: skip
+    for option in ("PROMPT", "--model", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p",
+                   "--repetition-penalty", "--seed", "--stop", "--samples", "--chat", "--backend", "--dtype", "--device",
+                   "--no-cache", "--json"):  # fmt: skip
         assert option in out
 
 

@@ -244,6 +244,53 @@ def test_stream_of_nonsense_ends_as_decode_does(tmp_path, kind):
         assert "".join([*map(stream.put, ids), stream.end()]) == ours.decode(ids)
 
 
+def until(text, stops):
+    """The text before the stop string that is complete first, by trying every beginning of it."""
+    for n in range(1, len(text) + 1):
+        met = [stop for stop in stops if text[:n].endswith(stop)]
+        if met:
+            return text[: n - max(map(len, met))], True
+    return text, False
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_stop_strings(tmp_path, kind):
+    """However the tokens cut them; nothing is shown that would have to be taken back, and no more is held back than needed."""
+    backend, fields = VOCABULARIES[kind]()
+    saved(tmp_path, backend, **fields)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    rng, met = random.Random(7), 0
+    for text in random_texts(60, 5):
+        ids = tokenizer.encode(text, bos=False)
+        whole = tokenizer.decode(ids)
+        stops = ["zz", "nowhere"]
+        for _ in range(rng.randrange(3)):
+            begin = rng.randrange(len(whole) + 1)
+            stops.append(whole[begin : begin + rng.randint(1, 9)] or "ab")
+        stream, shown, plain, read = tokenizer.stream(stop=stops), "", tokenizer.stream(), ""
+        wanted, stopped = until(whole, stops)
+        met += stopped
+        for id in ids:
+            shown += stream.put(id)
+            read += plain.put(id)
+            assert wanted.startswith(shown)
+            if stream.stopped:
+                break
+            held = read.removeprefix(shown)
+            assert not held or any(stop.startswith(held) for stop in stops)
+        assert (shown + stream.end(), stream.stopped) == (wanted, stopped)
+        assert (stream.put(ids[0]) if stopped and ids else "") == ""
+    assert met > 15
+
+
+@pytest.mark.parametrize("stop", ["x", [""], [1]])
+def test_bad_stop_strings(tmp_path, stop):
+    saved(tmp_path, byte_level())
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="stop is"):
+        tokenizer.stream(stop=stop)
+
+
 def test_stream_shows_a_half_character_at_the_end(tmp_path):
     saved(tmp_path, byte_level())
     ours = Tokenizer.from_pretrained(tmp_path)
