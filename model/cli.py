@@ -310,6 +310,7 @@ HERE = {
     "doctor": (_doctor, _doctor_arguments, "what is installed, and which backend each op takes and why"),
 }
 ELSEWHERE = {
+    "chat": ("trillama.model.chat", "a dialogue, turn by turn"),
     "bench": ("trillama.bench.decode", "prefill and decode throughput, beside the bound that memory sets"),
     "xray": ("trillama.bench.xray", "what the compiled kernels are made of, with no GPU"),
 }
