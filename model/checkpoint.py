@@ -79,6 +79,10 @@ class Checkpoint:
         """The dtype that `load` returns: the file's own, or float32 for quantised tensors."""
         return self._find(name).dtype
 
+    def kind(self, name):
+        """What the tensor is in its file: a torch dtype, or ggml's name of a quantised type."""
+        return _short(self._find(name).dtype)
+
     def load(self, name):
         """The tensor on the CPU, to be copied and dropped: mapped from the file where its bytes are as torch wants them."""
         stored = self._find(name)
@@ -341,6 +345,14 @@ class GgufFile(Checkpoint):
                     raise CheckpointError(f"{part}: tensor {brief(name)} is in {table[alias].path} too")
                 table[alias] = Stored(part, name, dtype, info.shape, info.offset, info.size, info.type)
         self.config = self._configure(family)
+
+    def kind(self, name):
+        stored = self._find(name)
+        if stored.ggml_type in GGUF_DTYPES:
+            return super().kind(name)
+        from gguf import GGMLQuantizationType
+
+        return GGMLQuantizationType(stored.ggml_type).name
 
     def _configure(self, family):
         where, stored = str(self.folder), self._stored

@@ -1,4 +1,4 @@
-"""The command line: `trillama generate`, `doctor`, `bench`, `xray`.
+"""The command line: `trillama generate` and `doctor`, and the way to all other commands.
 
 A user's mistake ends in one line on stderr and exit status 2. Imports that take long happen within the commands.
 """
@@ -34,8 +34,8 @@ def main(argv=None):
 
 def _dispatch(argv):
     if argv and argv[0] in ELSEWHERE:
-        module, _ = ELSEWHERE[argv[0]]
-        return importlib.import_module(module).main(argv[1:])
+        module, function, _ = ELSEWHERE[argv[0]]
+        return getattr(importlib.import_module(module), function)(argv[1:])
     parser = Parser(prog="trillama", description="Llama-style language models on Triton kernels or on plain PyTorch.")
     parser.add_argument("--version", action="version", version=f"trillama {_version('trillama')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -43,7 +43,7 @@ def _dispatch(argv):
         command = commands.add_parser(name, help=text, description=text)
         add_arguments(command)
         command.set_defaults(run=run)
-    for name, (_, text) in ELSEWHERE.items():
+    for name, (_, _, text) in ELSEWHERE.items():
         commands.add_parser(name, help=text, add_help=False)
     options = parser.parse_args(argv)
     return options.run(options)
@@ -90,6 +90,18 @@ def backend(options):
     return use_backend(options.backend or os.environ.get("TRILLAMA_BACKEND") or "auto")
 
 
+def device(name):
+    """A torch.device for --device, None where none is given; ValueError where this machine has no such thing."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        return torch.empty(1, device=torch.device(name)).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device is {name!r}, which torch cannot use: {str(error).splitlines()[0]}") from None
+
+
 def load_tokenizer(options):
     from .presets import locate
     from .tokenizer import Tokenizer
@@ -104,7 +116,7 @@ def load_model(options):
     from .presets import locate
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    return Llama.from_pretrained(locate(options.model), device=_device(options.device), dtype=dtype)
+    return Llama.from_pretrained(locate(options.model), device=device(options.device), dtype=dtype)
 
 
 def encoded(tokenizer, prompt, chat=False):
@@ -199,20 +211,6 @@ def _generate(options):
         end = "" if answer.text.endswith("\n") else "\n"
         print(rest if samples == 1 else answer.text, end=end, flush=True)
     print(_in_words(report), file=sys.stderr)
-
-
-def _device(name):
-    """A torch.device for --device, None where none is given; ValueError where this machine has no such thing."""
-    import torch
-
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device is {name!r}, which torch cannot use: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _speeds(prompt, clock, samples=1):
@@ -310,9 +308,11 @@ HERE = {
     "doctor": (_doctor, _doctor_arguments, "what is installed, and which backend each op takes and why"),
 }
 ELSEWHERE = {
-    "chat": ("trillama.model.chat", "a dialogue, turn by turn"),
-    "bench": ("trillama.bench.decode", "prefill and decode throughput, beside the bound that memory sets"),
-    "xray": ("trillama.bench.xray", "what the compiled kernels are made of, with no GPU"),
+    "chat": ("trillama.model.chat", "main", "a dialogue, turn by turn"),
+    "next": ("trillama.model.inspection", "show_next", "the likeliest next tokens and their probabilities"),
+    "inspect": ("trillama.model.inspection", "inspect", "the modules of a model and their sizes; what a head attends to"),
+    "bench": ("trillama.bench.decode", "main", "prefill and decode throughput, beside the bound that memory sets"),
+    "xray": ("trillama.bench.xray", "main", "what the compiled kernels are made of, with no GPU"),
 }
 
 if __name__ == "__main__":

@@ -107,6 +107,10 @@ class Tokenizer:
         stream = self.stream(skip_special)
         return "".join([stream.put(id) for id in getattr(ids, "tolist", lambda: ids)()]) + stream.end()
 
+    def token(self, id):
+        """What one id stands for: its text, or the name of a special token."""
+        return self._bytes(id, skip_special=False).decode("utf-8", "replace")
+
     def stream(self, skip_special=True, stop=()):
         """A Stream, which decodes ids one by one up to the first of the texts in `stop`."""
         return Stream(self, skip_special, stop)

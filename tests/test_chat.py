@@ -2,7 +2,6 @@
 
 import io
 import os
-import pty
 import re
 import select
 import signal
@@ -178,6 +177,8 @@ def test_mistakes(chat, options, words):
 @pytest.mark.skipif(os.name == "nt", reason="terminals of POSIX")
 def test_terminal(tiny_folder, parts):
     """Ctrl-C at a terminal ends an answer and leaves the dialogue; Ctrl-C at the prompt leaves all as it is; Ctrl-D leaves."""
+    import pty
+
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TRILLAMA_BACKEND": "reference", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
     options = ["--model", str(tiny_folder), "--max-new-tokens", "480"]

@@ -286,7 +286,7 @@ def test_help_is_quick_and_loads_nothing():
         "print([name for name in ('torch', 'numpy', 'tokenizers', 'triton', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    for command in ("generate", "chat", "doctor", "bench", "xray"):
+    for command in ("generate", "chat", "next", "inspect", "doctor", "bench", "xray"):
         assert f"\n    {command} " in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -309,7 +309,7 @@ def test_help_of_generate_names_every_option(trillama):
 def test_commands_that_live_elsewhere_get_their_arguments(trillama, monkeypatch, command):
     import types
 
-    module, _ = cli.ELSEWHERE[command]
+    module, _, _ = cli.ELSEWHERE[command]
     seen = []
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(main=lambda argv: seen.append(argv)))
     assert trillama(command, "--json", "x", "--help")[0] == 0
