@@ -47,6 +47,7 @@ def show(report):
     print("cache    |  seconds  tokens/s | ms a token, first quarter  last quarter")
     for name in ("with", "without"):
         r = report[name]
-        print(f"{name:8s} | {r['seconds']:8.2f} {r['tokens_per_second']:9.1f} | {r['first_steps_ms']:24.1f} {r['last_steps_ms']:13.1f}")
+        speeds = f"{r['seconds']:8.2f} {r['tokens_per_second']:9.1f}"
+        print(f"{name:8s} | {speeds} | {r['first_steps_ms']:24.1f} {r['last_steps_ms']:13.1f}")
     same = "the same tokens" if report["same_tokens"] == report["new"] else f"the first {report['same_tokens']} tokens the same"
     print(f"\nwithout the cache it takes {report['ratio']:.1f} times as long; {same}", flush=True)

@@ -312,6 +312,8 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.new < 2 or args.rounds < 1:
         raise ValueError(f"--new is {args.new} and --rounds {args.rounds}, expected at least 2 and 1")
+    if args.cache_study and (args.against or args.plot or args.batch != [1]):
+        raise ValueError("--cache-study is of batch 1, against nobody and drawn nowhere: expected no --batch, --against or --plot")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

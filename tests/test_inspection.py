@@ -137,7 +137,7 @@ def test_attention_command(trillama, tiny_folder, tmp_path):
     lines = out.splitlines()
     assert len(lines) == len(report["ids"])
     best = max(range(len(lines)), key=lambda j: report["weights"][-1][j])
-    assert lines[-1].split("  ")[1].split()[0] == f"{report['weights'][-1][best]:.2f}"
+    assert re.search(r"'  +(\d\.\d\d) '", lines[-1])[1] == f"{report['weights'][-1][best]:.2f}"
 
 
 @pytest.mark.parametrize(
