@@ -311,6 +311,7 @@ ELSEWHERE = {
     "chat": ("trillama.model.chat", "main", "a dialogue, turn by turn"),
     "next": ("trillama.model.inspection", "show_next", "the likeliest next tokens and their probabilities"),
     "inspect": ("trillama.model.inspection", "inspect", "the modules of a model and their sizes; what a head attends to"),
+    "convert": ("trillama.model.convert", "main", "a model's files in Hugging Face's or Meta's layout"),
     "bench": ("trillama.bench.decode", "main", "prefill and decode throughput, beside the bound that memory sets"),
     "xray": ("trillama.bench.xray", "main", "what the compiled kernels are made of, with no GPU"),
 }

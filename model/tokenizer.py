@@ -107,6 +107,15 @@ class Tokenizer:
         stream = self.stream(skip_special)
         return "".join([stream.put(id) for id in getattr(ids, "tolist", lambda: ids)()]) + stream.end()
 
+    def save(self, folder):
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, from which transformers and this class read it."""
+        self._backend.encode_special_tokens = False
+        self._backend.save(str(folder / "tokenizer.json"))
+        fields = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self._tokens}
+        (folder / "tokenizer_config.json").write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
+        if self._template is not None:
+            (folder / "chat_template.jinja").write_text(self._template, encoding="utf-8")
+
     def token(self, id):
         """What one id stands for: its text, or the name of a special token."""
         return self._bytes(id, skip_special=False).decode("utf-8", "replace")

@@ -286,7 +286,7 @@ def test_help_is_quick_and_loads_nothing():
         "print([name for name in ('torch', 'numpy', 'tokenizers', 'triton', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    for command in ("generate", "chat", "next", "inspect", "doctor", "bench", "xray"):
+    for command in ("generate", "chat", "next", "inspect", "convert", "doctor", "bench", "xray"):
         assert f"\n    {command} " in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
