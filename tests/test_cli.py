@@ -4,9 +4,11 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from trillama.model import cli
@@ -407,3 +409,33 @@ def test_the_capital_of_france(smollm2_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     assert "fetching" not in done.stderr
+
+
+# --- the manual ------------------------------------------------------------------------------------------------------
+
+MANUAL = Path(__file__).parents[1] / "docs" / "cli.md"
+
+
+def test_manual_has_every_command():
+    text = MANUAL.read_text(encoding="utf-8")
+    for command in (*cli.HERE, *cli.ELSEWHERE):
+        assert f"\n## {command}: " in text
+        assert f"\n$ trillama {command}" in text
+    assert "(docs/cli.md)" in (MANUAL.parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_manual_shows_what_is_printed(trillama, smollm2_path, monkeypatch):
+    """Every example that depends neither on the machine nor on rounding, against the default model's 4-bit file."""
+    if smollm2_path.suffix != ".gguf":
+        pytest.skip("the examples are of the GGUF file")
+    blocks = re.findall(r"^```\n\$ trillama (.*)\n([^`]*)^```$", MANUAL.read_text(encoding="utf-8"), re.MULTILINE)
+    examples = [(shlex.split(line), shown) for line, shown in blocks if re.match("generate|next|inspect", line)]
+    examples = [(arguments, shown) for arguments, shown in examples if "--temperature" not in arguments]
+    assert len(examples) == 6
+    for arguments, shown in examples:
+        status, out, err = trillama(*arguments)
+        assert status == 0
+        wanted = ".*?".join(re.escape(" ".join(part.split())) for part in shown.split("…"))
+        wanted = wanted.replace(r"\ ", r"\s*")
+        assert re.match(wanted, " ".join((out + err).split())), arguments
