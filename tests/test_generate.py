@@ -331,6 +331,17 @@ def test_cache_that_holds_the_beginning(family, held):
     assert cache.filled == 18 + 14
 
 
+@pytest.mark.parametrize("held", [3, pytest.param(15, marks=pytest.mark.slow)])
+def test_cache_that_holds_the_beginning_on_triton(triton, device, held):
+    model, prompt = tiny().to(device), (PROMPTS[3] * 2)[:18]
+    cache = KVCache(model.config, 1, 40, device=device)
+    with torch.no_grad():
+        model(torch.tensor([prompt[:held]], device=device), cache)
+    got = generate(model, [prompt], max_new_tokens=2, cache=cache).tolist()
+    assert any("decode" in name for name in triton.names)
+    assert got == generate(tiny(), [prompt], max_new_tokens=2).tolist()
+
+
 def test_stream_may_end_rows():
     model, free = tiny(), generate(tiny(), PROMPTS, max_new_tokens=12).tolist()
     steps = []

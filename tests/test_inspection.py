@@ -199,6 +199,7 @@ def test_next(trillama, tiny_folder):
     assert sum(row["probability"] for row in everything) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_next_is_paris(trillama, smollm2_path):
     _, out, _ = trillama("next", "The capital of France is", "--top-k", 3)
     assert out.splitlines()[0].endswith("' Paris'")
