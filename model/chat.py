@@ -3,6 +3,7 @@ a turn computes its new tokens only.
 """
 
 import contextlib
+import math
 import sys
 
 from . import cli
@@ -34,6 +35,7 @@ class Dialogue:
         An interrupt (KeyboardInterrupt) ends the answer, whose `end` is "interrupt" then. ValueError where the dialogue does not
         fit the model; it stays as it was before.
         """
+        from ..kernels.frequencies import same_frequencies
         from .generation import generate
 
         turn = [*self.messages, {"role": "user", "content": text}]
@@ -59,7 +61,9 @@ class Dialogue:
             show(answer.close())
         except KeyboardInterrupt:
             answer.end = "interrupt"
-        self._held = (ids + answer.ids)[:-1] if answer.ids else []
+        # A scaling that depends on the length may have begun to compute the cache anew when the interrupt came.
+        trusted = answer.end != "interrupt" or same_frequencies(self.model.config.rope_parameters, 1)[1] == math.inf
+        self._held = (ids + answer.ids)[:-1] if answer.ids and trusted else []
         if answer.text or answer.end != "interrupt":
             self.messages = [*turn, {"role": "assistant", "content": answer.text}]
         return answer

@@ -77,11 +77,13 @@ def generate(
             ids = torch.where(ended, new[-1], ids) if new else ids
             new.append(ids)
             stops = None if stream is None else stream(ids)
-            if len(ends):
+            may_end = len(ends) > 0
+            if may_end:
                 ended |= (ids[:, None] == ends).any(-1)
-            if stops is not None and any(stops):
+            if isinstance(stops, list) and any(stops):
                 ended |= torch.tensor(stops, device=device)
-            if len(ends) or stops is not None:
+                may_end = True
+            if may_end:
                 finished = _Flag(ended.all())
         return torch.stack(new, 1) if new else prompt[:, :0]
 

@@ -252,6 +252,28 @@ def test_interrupted_answer_stays_in_the_dialogue(parts):
     assert after.ids == wanted[: len(after.ids)]
 
 
+@pytest.mark.parametrize("first", [20, 60])
+def test_longrope_changes_the_angles_of_a_dialogue(parts, first):
+    """Turns on both sides of the length at which all keys change, and back to a short dialogue."""
+    _, tokenizer = parts
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 5.0, 7.0]}
+    torch.manual_seed(2)
+    model = Llama({
+        "model_type": "phi3", "vocab_size": tokenizer.vocab_size, "hidden_size": 48, "intermediate_size": 80,
+        "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "original_max_position_embeddings": 64, "rope_scaling": {"rope_type": "longrope", **factors}, "initializer_range": 0.3,
+        "eos_token_id": 2,
+    }).eval()  # fmt: skip
+    dialogue = Dialogue(model, tokenizer, max_new_tokens=8)
+    for text in ("x" * first, "y" * 30, None, "x" * first):
+        if text is None:
+            dialogue.reset()
+            continue
+        answer = dialogue.answer(text, lambda piece: None)
+        ids = tokenizer.apply_chat_template(dialogue.messages[:-1])
+        assert answer.ids == generate(model, [ids], max_new_tokens=8)[0].tolist()[: len(answer.ids)]
+
+
 def test_interrupt_before_the_first_token(parts, monkeypatch):
     """Nothing was said, so nothing is kept; the next turn starts with an empty cache and is right."""
     model, tokenizer = parts

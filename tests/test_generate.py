@@ -342,6 +342,13 @@ def test_cache_that_holds_the_beginning_on_triton(triton, device, held):
     assert got == generate(tiny(), [prompt], max_new_tokens=2).tolist()
 
 
+def test_stream_may_return_anything_else():
+    model = tiny()
+    wanted = generate(model, PROMPTS, max_new_tokens=3).tolist()
+    for said in (5, True, "abc", {}):
+        assert generate(model, PROMPTS, max_new_tokens=3, stream=lambda ids, said=said: said).tolist() == wanted
+
+
 def test_stream_may_end_rows():
     model, free = tiny(), generate(tiny(), PROMPTS, max_new_tokens=12).tolist()
     steps = []
