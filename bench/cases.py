@@ -46,6 +46,8 @@ MODELS = {  # from the config.json of each checkpoint; "/8": one of eight tensor
     "Qwen2.5-7B": Model(3584, 28, 4, 128, 18944, 28, 152064, False, "qwen2"),
     "Gemma-2-9B": Model(3584, 16, 8, 256, 14336),
     "Llama-3.1-8B": Model(4096, 32, 8, 128, 14336, 32, 128256),
+    "Llama-3.1-70B": Model(8192, 64, 8, 128, 28672, 80, 128256),
+    "Llama-3.1-405B": Model(16384, 128, 8, 128, 53248, 126, 128256),
     "Llama-3.1-70B/8": Model(8192, 8, 1, 128, 3584, 80, 16032),
     "Llama-3.1-405B/8": Model(16384, 16, 1, 128, 6656, 126, 16032),
 }

@@ -15,8 +15,8 @@ import time
 import torch
 
 from ..kernels.dispatch import backend, why_not_triton
-from ..model import Llama, generate
-from ..model.cli import Parser
+from ..model import Llama, cli, generate
+from ..model.parallel import ranks
 from . import cache_study
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -211,6 +211,7 @@ def card(model, source, dtype, device, bandwidth):
     return {
         "model": str(source),
         "parameters": parameters,
+        "ranks": model.ranks.size,
         "dtype": str(dtype)[6:],
         "device": name,
         "path": "Triton" if triton else "reference",
@@ -223,9 +224,10 @@ def card(model, source, dtype, device, bandwidth):
 
 
 def show_card(c):
+    shared = f"; this is rank 0 of {c['ranks']}, all-reduces are in no bound" if c["ranks"] > 1 else ""
     lines = (
         ("model", f"{c['model']}, {c['parameters'] / 1e6:.1f} M parameters, {c['dtype']}"),
-        ("machine", f"{c['device']}; {c['path']} path; torch {c['torch']}"),
+        ("machine", f"{c['device']}; {c['path']} path; torch {c['torch']}{shared}"),
         ("weights read per step", f"{c['weight_bytes_per_step'] / 1e6:.1f} MB"),
         ("cache per position", f"{c['cache_bytes_per_position'] / 1e3:.1f} kB"),
         ("streaming bandwidth", f"{c['streaming_bandwidth'] / 1e9:.1f} GB/s (measured: one long read)"),
@@ -292,7 +294,7 @@ def integers(text):
 
 
 def parser():
-    p = Parser(prog="trillama bench", description="Prefill and decode throughput beside their bounds.")
+    p = cli.Parser(prog="trillama bench", description="Prefill and decode throughput beside their bounds.")
     p.add_argument("--model", default="smollm2", metavar="SOURCE", help="folder, GGUF file, hub id or preset (default: smollm2)")
     p.add_argument("--batch", type=integers, default=[1], metavar="1,8", help="batch sizes")
     p.add_argument("--prompt", type=integers, default=[64], metavar="64,512", help="prompt lengths in tokens")
@@ -314,10 +316,12 @@ def main(argv=None):
         raise ValueError(f"--new is {args.new} and --rounds {args.rounds}, expected at least 2 and 1")
     if args.cache_study and (args.against or args.plot or args.batch != [1]):
         raise ValueError("--cache-study is of batch 1, against nobody and drawn nowhere: expected no --batch, --against or --plot")
+    if args.against and ranks().size > 1:
+        raise ValueError(f"--against is {args.against} on {ranks().size} ranks, expected one: transformers would run on each")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = Llama.from_pretrained(args.model, device=device, dtype=DTYPES.get(args.dtype))
+    device = torch.device(ranks().device(args.device) or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = Llama.from_pretrained(args.model, device=device, dtype=DTYPES.get(args.dtype), ranks=ranks())
     dtype = model.lm_head.weight.dtype
     longest = max(args.prompt) + args.new
     if longest > model.config.context_length:
@@ -326,7 +330,7 @@ def main(argv=None):
         reports = [cache_study.study(model, prompt, args.new, Clock) for prompt in args.prompt]
         for report in reports:
             cache_study.show(report)
-        if args.json:
+        if args.json and ranks().rank == 0:
             with open(args.json, "w", encoding="utf-8") as f:
                 json.dump({"model": args.model, "dtype": str(dtype)[6:], "device": str(device), "rows": reports}, f, indent=2)
         return 0
@@ -340,6 +344,8 @@ def main(argv=None):
         for prompt in args.prompt:
             rows.append(measure(model, rival, batch, prompt, args.new, args.rounds, bandwidth, dtype))
             show_row(rows[-1])
+    if ranks().rank > 0:
+        return 0
     if args.json:
         with open(args.json, "w", encoding="utf-8") as f:
             json.dump({"card": facts, "rows": rows}, f, indent=2)
@@ -349,8 +355,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"trillama: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.main(["bench", *sys.argv[1:]]))

@@ -134,7 +134,9 @@ def disassemble(cubin):
         file.write(cubin)
         file.flush()
         return [
-            subprocess.run([_tool("cuobjdump"), what, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [_tool("cuobjdump"), what, file.name], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+            ).stdout
             for what in ("-res-usage", "-sass")
         ]
 

@@ -27,12 +27,13 @@ def wide(dtype):
 
 
 def rms_norm(x, weight, eps=1e-6, *, offset=0.0, casting="llama"):
-    x32 = x.to(wide(x.dtype))
-    y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    if x.dtype == wide(x.dtype) == getattr(weight, "dtype", None) and not offset:  # no rounding in between: one call
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    y = F.rms_norm(x.to(wide(x.dtype)), x.shape[-1:], None, eps)
     if casting == "llama":
-        y = y.to(x.dtype).to(y.dtype)
+        y = y.to(x.dtype)
     if weight is not None:
-        y = y * (offset + weight.to(y.dtype))
+        y = y.to(wide(x.dtype)) * (offset + weight.to(wide(x.dtype)) if offset else weight)
     return y.to(x.dtype)
 
 
@@ -57,26 +58,36 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, casting="llama"):
 # --- rotary embedding: Su et al. 2021, arXiv:2104.09864 --------------------------------------------------------------
 
 
-def rotate(x, cos, sin, positions, interleaved):
-    """x [B, H, S, D] rotated by the rows `positions` ([S], [B, S] or None) of the tables [P, R/2]; the last D - R pass through."""
+def rows_of(cos, sin, positions, x):
+    """The rows `positions` ([S], [B, S] or None) of the tables [P, R/2], for x [B, H, S, D]; negative positions are refused."""
     if positions is None:
         positions = torch.arange(x.shape[2], device=x.device)
-    c, s = (F.embedding(positions, table).to(wide(x.dtype)).unsqueeze(-3) for table in (cos, sin))  # refuses negative positions
+    return [F.embedding(positions, table).to(wide(x.dtype)).unsqueeze(-3) for table in (cos, sin)]
+
+
+def rotate(x, cos, sin, interleaved):
+    """x [B, H, S, D] turned by angles [(B, 1,) S, R/2]; the last D - R elements pass through."""
     half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half].to(c.dtype), x[..., 2 * half :]
+    turned, rest = x[..., : 2 * half].to(cos.dtype), x[..., 2 * half :]
     a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.split(half, -1)
-    pairs = (a * c - b * s, b * c + a * s)
+    pairs = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
     turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
-    return torch.cat((turned.to(x.dtype), rest), -1)
+    turned = turned.to(x.dtype)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
 def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
-    return rotate(q, cos, sin, positions, interleaved), rotate(k, cos, sin, positions, interleaved)
+    cos, sin = rows_of(cos, sin, positions, q)
+    return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
 
 
 def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=None, interleaved=False):
     q, k = apply_rope(q, k, cos, sin, positions=positions, interleaved=interleaved)
     slot = positions.long().expand(q.shape[0], q.shape[2])
+    if q.shape[0] == 1 and block_table is None:
+        k_cache.index_copy_(2, slot[0], k)
+        v_cache.index_copy_(2, slot[0], v)
+        return q
     page = torch.arange(q.shape[0], device=q.device)[:, None]
     if block_table is not None:
         page, slot = block_table.long().gather(1, slot // k_cache.shape[2]), slot % k_cache.shape[2]

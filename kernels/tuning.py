@@ -148,13 +148,14 @@ def decode(arch, head_dim, itemsize, rows):
 @dataclass(frozen=True)
 class Attention:
     """A tile of block_m queries that walks the keys block_n at a time, `stages` tiles of keys and values in flight, read through
-    tensor descriptors or pointers."""
+    tensor descriptors or pointers. edge_stages: those at the edges of the mask in the kernel for dk and dv, None: as elsewhere."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     descriptors: bool = False
+    edge_stages: int | None = None
 
 
 def block_d(head_dim):
@@ -178,11 +179,13 @@ def attention_backward(arch, head_dim, itemsize):
     """The backward pass: the kernel for dq, which walks the keys, and the one for dk and dv, which walks the queries."""
     if itemsize == 4:
         return Attention(32, 32, 4, 2), Attention(32, 32, 4, 2)
+    edges = None if arch == 90 else 1  # one tile at a time: a loop so short, pipelined, costs too many registers
     if head_dim <= 64:
-        return Attention(128, 64, 8, 2), Attention(64, 128, 8, 2) if arch == 90 else Attention(32, 128, 8, 2)
+        return Attention(128, 64, 8, 2), Attention(64 if arch in (90, 100) else 32, 128, 8, 2, edge_stages=edges)
     if head_dim <= 128:
-        return Attention(128, 32, 8, 3) if arch < 90 else Attention(128, 64, 8, 2), Attention(32, 64, 8, 3)
-    return Attention(64, 32, 8, 2), Attention(32, 32, 8, 2)
+        dq = Attention(128, 32, 8, 3) if arch < 90 else Attention(128, 64, 8, 2)
+        return dq, Attention(32, 64, 8, 3) if arch == 90 else Attention(64, 64, 8, 2, edge_stages=edges)
+    return Attention(64, 16 if arch in (86, 89, 120) else 32, 8, 2), Attention(32, 32, 8, 2, edge_stages=edges)
 
 
 def l2_bytes(arch):

@@ -5,6 +5,7 @@ tensor that was copied into the model and dropped is unmapped at once, so that l
 the weights and the files. (safetensors' own reader maps the whole file, which stays resident for as long as it is open.)
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -97,6 +98,11 @@ class Checkpoint:
             return f"{self.folder}: tensor {name}"
         alias = "" if stored.name == name else f" ({name})"
         return f"{stored.path}: tensor {stored.name}{alias}"
+
+    def digest(self):
+        """A word for the config and for the names, shapes, types and sizes of the tensors: the same for equal files elsewhere."""
+        tensors = sorted((name, *map(str, (t.dtype, t.shape, t.size, t.ggml_type))) for name, t in self._stored.items())
+        return hashlib.sha256(json.dumps([self.config, tensors], sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def close(self):
         """Closes the files. Tensors that were handed out stay valid."""

@@ -4,6 +4,7 @@ A user's mistake ends in one line on stderr and exit status 2. Imports that take
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -14,13 +15,14 @@ from importlib import metadata
 
 BACKENDS = ("auto", "triton", "reference")
 DTYPES = ("float32", "bfloat16", "float16")
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets for the processes that it starts
 
 
 def main(argv=None):
     """Runs one command line (default: the process's own) and returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _dispatch(argv) or 0
+        return (_in_ranks(argv) if all(name in os.environ for name in TORCHRUN) else _dispatch(argv)) or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone: `trillama ... | head`
@@ -30,6 +32,20 @@ def main(argv=None):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"trillama: error: {reason}", file=sys.stderr)
         return 2
+
+
+def _in_ranks(argv):
+    """The command on every process that torchrun started; only the first has something to say."""
+    from . import parallel
+
+    with parallel.join() as ranks, contextlib.ExitStack() as silence:
+        if ranks.size > 1 and argv[:1] in (["chat"], ["inspect"], ["convert"]):
+            raise ValueError(f"{argv[0]} runs in one process, expected no torchrun before it")
+        if ranks.rank > 0:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        return _dispatch(argv)
 
 
 def _dispatch(argv):
@@ -94,6 +110,10 @@ def device(name):
     """A torch.device for --device, None where none is given; ValueError where this machine has no such thing."""
     import torch
 
+    from .parallel import ALONE, ranks
+
+    if ranks() is not ALONE:
+        return ranks().device(name)
     if name is None:
         return None
     try:
@@ -113,18 +133,22 @@ def load_model(options):
     import torch
 
     from .llama import Llama
+    from .parallel import ranks
     from .presets import locate
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    return Llama.from_pretrained(locate(options.model), device=device(options.device), dtype=dtype)
+    return Llama.from_pretrained(locate(options.model), device=device(options.device), dtype=dtype, ranks=ranks())
 
 
 def encoded(tokenizer, prompt, chat=False):
     """The ids of the command line's PROMPT, or of a dialogue that it begins."""
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    from .parallel import ranks
+
+    prompt = ranks().first(sys.stdin.read) if prompt == "-" else prompt
     ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
     if not ids:
         raise ValueError("PROMPT is empty, expected at least one token")
+    ranks().agree(prompt=ids)
     return ids
 
 

@@ -56,7 +56,8 @@ def generate(
         if cache is None and use_cache:
             weight = model.model.embed_tokens.weight
             cache = KVCache(config, len(rows), longest + max_new_tokens, weight.dtype, weight.device)
-        step = _Step(model, prompt, lengths, cache)
+        greedy = temperature < 1e-5 and penalty is None
+        step = _Step(model, prompt, lengths, cache, model.likeliest if greedy else model.head)
         state = start(torch.randint(2**63 - 1, ()).item() if seed is None else seed, len(rows), device)
         seen = None
         if penalty is not None:
@@ -65,13 +66,15 @@ def generate(
         while len(new) < max_new_tokens:
             if finished is not None and not finished.late and finished.read():
                 break
-            logits = step(new)
+            logits = step(new)  # or already ids
             if finished is not None and finished.late and finished.read():
                 break
-            ids = sample(
-                logits, state, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty, seen=seen
-            )
-            state = advance(state)
+            if greedy:
+                ids = logits
+            else:
+                options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+                ids = model.ranks.same(sample(logits, state, repetition_penalty=penalty, seen=seen, **options))
+                state = advance(state)
             if seen is not None:
                 seen.scatter_(1, ids[:, None], True)
             ids = torch.where(ended, new[-1], ids) if new else ids
@@ -89,10 +92,10 @@ def generate(
 
 
 class _Step:
-    """The logits [B, vocab_size] of what comes after the prompts and the new ids, with a cache or without (None)."""
+    """What `head` makes of the hidden states [B, N] after the prompts and the new ids, with a cache or without (None)."""
 
-    def __init__(self, model, prompt, lengths, cache):
-        self.model, self.prompt, self.lengths, self.cache = model, prompt, lengths, cache
+    def __init__(self, model, prompt, lengths, cache, head):
+        self.model, self.head, self.prompt, self.lengths, self.cache = model, head, prompt, lengths, cache
         self.rows = torch.arange(len(prompt), device=prompt.device)
 
     def __call__(self, new):
@@ -101,7 +104,7 @@ class _Step:
         # Where longrope goes over to its long factors, all keys change: the cache begins anew, as in transformers.
         switched = same_frequencies(self.model.config.rope_parameters, width) == (width, math.inf)
         if self.cache is not None and new and not switched:
-            return self.model.head(self.model.hidden_states(new[-1][:, None], self.cache)[:, -1])
+            return self.head(self.model.hidden_states(new[-1][:, None], self.cache)[:, -1])
         ids, lengths, begin = self.prompt, self.lengths + len(new), 0
         if new:  # each row's go to where its prompt ends; behind them padding is left
             new = torch.stack(new, 1)
@@ -115,7 +118,7 @@ class _Step:
         hidden = self.model.hidden_states(ids[:, begin:], self.cache)[self.rows, lengths - 1 - begin]
         if self.cache is not None:
             self.cache.lengths.copy_(lengths)  # what the padding wrote lies behind the ends and is overwritten
-        return self.model.head(hidden)
+        return self.head(hidden)
 
 
 # --- sampling: functions of tensors alone, of fixed shapes and read by no host, so that a CUDA graph can hold them -----------

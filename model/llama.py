@@ -23,28 +23,31 @@ from ..kernels import (
 )
 from ..kernels.frequencies import same_frequencies
 from .config import Config
+from .parallel import ALONE
 
 FEW_ROWS = 8  # tokens in a call up to which `decode_linear` has one pass over the weight for all of them
 
 
 class Llama(nn.Module):
-    """The model and its head. config: a `Config`, a config.json's dict or an object with its fields; the weights are random."""
+    """The model and its head. config: a `Config`, a config.json's dict or an object with its fields; the weights are random.
 
-    def __init__(self, config):
+    ranks: where several devices share the model, its part in it; `config` then has the heads and the columns of this part.
+    """
+
+    def __init__(self, config, ranks=ALONE):
         super().__init__()
-        self.config = config = Config.read(config)
-        table = (config.vocab_size, config.hidden_size)
+        self.ranks, self.config = ranks, ranks.slice(Config.read(config))
+        config, vocabulary = self.config, len(ranks.share(self.config.vocab_size))
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(*table, _weight=torch.empty(table)),
-            "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
+            # Drawing numbers on the meta device, as Embedding's constructor would, imports all of torch's compiler: seconds.
+            "embed_tokens": nn.Embedding.from_pretrained(torch.empty(vocabulary, config.hidden_size), freeze=False),
+            "layers": nn.ModuleList(Block(config, layer, ranks) for layer in range(config.num_hidden_layers)),
             "norm": Norm(config.hidden_size, config.rms_norm_eps),
         })  # fmt: skip
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, vocabulary, bias=False)
         self.rope = Rope(config)
         for name, parameter in self.named_parameters():
-            if parameter.is_meta:  # to be filled from a file; drawing normal numbers here would import the whole compiler
-                continue
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and not parameter.is_meta:
                 nn.init.normal_(parameter, std=config.initializer_range)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -52,11 +55,12 @@ class Llama(nn.Module):
         self.register_load_state_dict_pre_hook(_pack)
 
     @classmethod
-    def from_pretrained(cls, source, *, device=None, dtype=None):
+    def from_pretrained(cls, source, *, device=None, dtype=None, ranks=ALONE):
         """The model behind `source`: a Hugging Face or Meta folder, a .gguf file, a hub id or "smollm2"; in eval mode.
 
         device: a GPU where there is one, else the CPU. dtype: a floating-point torch.dtype; float32 on the CPU and the
-        checkpoint's own elsewhere. Raises a ValueError that names file and tensor or field for anything that does not fit.
+        checkpoint's own elsewhere. ranks: of `parallel.join()`, to load this rank's part of the model, without gradients.
+        Raises a ValueError that names file and tensor or field for anything that does not fit.
         """
         from .checkpoint import open_checkpoint
 
@@ -68,13 +72,17 @@ class Llama(nn.Module):
             raise ValueError(f"device is {device}, but torch finds no GPU")
         with contextlib.closing(open_checkpoint(source)) as checkpoint:
             try:
+                checkpoint = ranks.open(checkpoint, dtype)
                 with torch.device("meta"):
-                    model = cls(checkpoint.config)
+                    model = cls(checkpoint.config, ranks)
             except ValueError as error:
                 raise ValueError(f"{source}: {error}") from None
             if dtype is None:
                 dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype("model.embed_tokens.weight")
             _load(model, checkpoint, device, dtype)
+        ranks.wait()
+        if ranks is not ALONE:
+            model.requires_grad_(False)
         return model.eval()
 
     def tie(self):
@@ -88,7 +96,11 @@ class Llama(nn.Module):
 
     def head(self, hidden):
         """Logits [..., vocab_size] in float32 of hidden states [..., N]."""
-        return self.lm_head(hidden).float()
+        return self.ranks.gather(self.lm_head(hidden).float(), self.config.vocab_size)
+
+    def likeliest(self, hidden):
+        """The id with the largest logit of each of hidden states [B, N]."""
+        return self.ranks.argmax(self.lm_head(hidden).float(), self.config.vocab_size)
 
     def hidden_states(self, input_ids, cache=None, positions=None):
         """What the head sees of the tokens input_ids [B, S]: [B, S, N], after the last norm.
@@ -107,7 +119,7 @@ class Llama(nn.Module):
             if cache is not None:
                 positions = cache.advance(B, S)
             rope = self.rope(length, length if cache is None else cache.max_length, input_ids.device)
-            x, residual = self.model.embed_tokens(input_ids), None
+            x, residual = self.ranks.embed(self.model.embed_tokens, input_ids, self.config.vocab_size), None
             for block in self.model.layers:
                 x, residual = block(x, residual, rope, positions, cache)
             return self.model.norm(x, residual)[0]
@@ -183,8 +195,9 @@ class Rope:
 class Block(nn.Module):
     """Attention and MLP. The sum with the residual is left to the next norm, which makes it in the same pass over memory."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, ranks=ALONE):
         super().__init__()
+        self.ranks = ranks
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
@@ -195,19 +208,24 @@ class Block(nn.Module):
             return self.decode(x, rope, positions, cache), None
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn.o_proj(self.self_attn(self.self_attn.qkv_proj(x), rope, positions, cache))
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        x, residual = self.post_attention_layernorm(self.ranks.sum(x), residual)
+        return self.ranks.sum(self.mlp(x)), residual
 
     def decode(self, x, rope, positions, cache):
         """The same for a few tokens, whose time is that of reading the weights: six launches, norms and sums in the products."""
         before, attention, after, mlp = self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp
         qkv = decode_linear(x, attention.qkv_proj.weight, bias=attention.qkv_proj.bias, norm=before.weight, eps=before.eps)
         out = attention(qkv, rope, positions, cache)
-        x = decode_linear(out, attention.o_proj.weight, bias=attention.o_proj.bias, residual=x)
+        x = self.add(x, out, attention.o_proj)
         y = decode_linear(
             x, mlp.gate_up_proj.weight, bias=mlp.gate_up_proj.bias, norm=after.weight, eps=after.eps, activation="swiglu"
         )
-        return decode_linear(y, mlp.down_proj.weight, bias=mlp.down_proj.bias, residual=x)
+        return self.add(x, y, mlp.down_proj)
+
+    def add(self, residual, x, linear):
+        """residual + linear(x), the sum of all ranks' products."""
+        residual = residual if self.ranks.rank == 0 else None
+        return self.ranks.sum(decode_linear(x, linear.weight, bias=linear.bias, residual=residual))
 
 
 class Attention(nn.Module):

@@ -318,6 +318,18 @@ def test_commands_that_live_elsewhere_get_their_arguments(trillama, monkeypatch,
     assert seen == [["--json", "x", "--help"]]
 
 
+@pytest.mark.parametrize("command", ["chat", "inspect", "convert"])
+def test_commands_of_one_process(trillama, monkeypatch, command):
+    import contextlib
+    import types
+
+    for name in cli.TORCHRUN:
+        monkeypatch.setenv(name, "0")
+    two = contextlib.nullcontext(types.SimpleNamespace(rank=0, size=2))
+    monkeypatch.setattr("trillama.model.parallel.join", lambda: two)
+    mistake(trillama(command, "x"), f"{command} runs in one process, expected no torchrun before it")
+
+
 @pytest.mark.parametrize("error", [ValueError("first\nsecond"), OSError("first"), RuntimeError("first"), MemoryError("first")])
 def test_errors_of_commands_are_one_line(trillama, monkeypatch, error):
     import types

@@ -16,6 +16,7 @@ SIZES = dict(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=128, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
+LAYERS = ["sliding_attention", "full_attention"]
 FAMILIES = {
     "llama": ("Llama", {}),
     "llama mha": ("Llama", dict(num_key_value_heads=4, mlp_bias=True, attention_bias=True)),
@@ -28,6 +29,7 @@ FAMILIES = {
     "qwen3": ("Qwen3", dict(head_dim=32)),
     "gemma": ("Gemma", dict(head_dim=16)),
     "gemma2": ("Gemma2", dict(head_dim=16, sliding_window=5, attn_logit_softcapping=20.0, query_pre_attn_scalar=16)),
+    "gemma3": ("Gemma3", dict(head_dim=16, sliding_window=4, query_pre_attn_scalar=16, layer_types=LAYERS)),
     "smollm3": ("SmolLM3", {}),
 }
 
@@ -35,7 +37,7 @@ FAMILIES = {
 def models(family, dtype=torch.float32, **changes):
     """(on eager, on trillama's attention and patched) with the same random weights."""
     name, options = FAMILIES[family]
-    config = getattr(transformers, name + "Config")(**{**SIZES, **options, **changes})
+    config = getattr(transformers, name + ("TextConfig" if name == "Gemma3" else "Config"))(**{**SIZES, **options, **changes})
     make = getattr(transformers, name + "ForCausalLM")._from_config
     theirs = make(copy.deepcopy(config), attn_implementation="eager").to(dtype)
     ours = make(copy.deepcopy(config), attn_implementation="trillama").to(dtype)
@@ -220,6 +222,25 @@ def test_compiled_forward_with_and_without_padding(padded):
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         agree(compiled(ids, attention_mask=mask).logits, theirs(ids, attention_mask=mask).logits, mask)
+
+
+@torch.no_grad()
+def test_compiled_decoding_with_a_static_cache():
+    """One graph for all steps: positions and lengths are data."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    theirs, ours = models("llama")
+    ids, counter = tokens(2, 9), CompileCounterWithBackend("aot_eager")
+    step = torch.compile(ours.forward, fullgraph=True, backend=counter)
+    caches = [transformers.StaticCache(config=ours.config, max_cache_len=24) for _ in range(2)]
+    for model, cache in zip((ours, theirs), caches):
+        model(ids, past_key_values=cache, cache_position=torch.arange(9))
+    for position in range(9, 15):
+        ids, where = tokens(2, 1), torch.tensor([position])
+        arguments = dict(position_ids=where[None], cache_position=where)
+        logits = step(ids, past_key_values=caches[0], **arguments).logits
+        agree(logits, theirs(ids, past_key_values=caches[1], **arguments).logits)
+    assert counter.frame_count == 1
 
 
 def test_autocast():

@@ -173,6 +173,7 @@ def attention(
         query, key, value = (t.to(lower) for t in (query, key, value))
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
+    kernels._check(f"attention {NAME!r}", query, key, value, softcap, sliding_window, ("B", "H", "S", "D"))
     B, _, S, D = query.shape
     left, right = span(is_causal, sliding_window)
     options = (left, right, D**-0.5 if scaling is None else scaling, softcap)
@@ -182,9 +183,7 @@ def attention(
         cuts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], kwargs["max_length_q"], kwargs["max_length_k"]
         out = _flat(kernels._run, query, key, value, *cuts, *options, False)
     elif isinstance(attention_mask, Packed):
-        need_lse = (differentiable,)
-        starts = attention_mask.starts, attention_mask.count, S
-        out = _flat(_packed_attention, query, key, value, *starts, *options, *need_lse)
+        out = _flat(_packed_attention, query, key, value, attention_mask.starts, attention_mask.count, S, *options, differentiable)
     elif attention_mask is None:
         if is_causal and S == 1 and not differentiable:
             lengths = torch.full((B,), key.shape[2], dtype=torch.int32, device=query.device)
