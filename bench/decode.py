@@ -17,6 +17,7 @@ import torch
 from ..kernels.dispatch import backend, why_not_triton
 from ..model import Llama, cli, generate
 from ..model.parallel import ranks
+from . import cache_study
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -303,6 +304,7 @@ def parser():
     p.add_argument("--device", default=None, help="cuda, cuda:1, cpu (default: the GPU if there is one)")
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--against", choices=["hf"], help="alternate with transformers on the same weights")
+    p.add_argument("--cache-study", action="store_true", help="the same tokens with and without the KV cache, batch 1")
     p.add_argument("--json", metavar="FILE", help="write card and rows here")
     p.add_argument("--plot", metavar="FILE", help="draw the rows here")
     return p
@@ -312,6 +314,8 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.new < 2 or args.rounds < 1:
         raise ValueError(f"--new is {args.new} and --rounds {args.rounds}, expected at least 2 and 1")
+    if args.cache_study and (args.against or args.plot or args.batch != [1]):
+        raise ValueError("--cache-study is of batch 1, against nobody and drawn nowhere: expected no --batch, --against or --plot")
     if args.against and ranks().size > 1:
         raise ValueError(f"--against is {args.against} on {ranks().size} ranks, expected one: transformers would run on each")
     if args.threads:
@@ -322,6 +326,14 @@ def main(argv=None):
     longest = max(args.prompt) + args.new
     if longest > model.config.context_length:
         raise ValueError(f"--prompt and --new add up to {longest}, expected at most {model.config.context_length}")
+    if args.cache_study:
+        reports = [cache_study.study(model, prompt, args.new, Clock) for prompt in args.prompt]
+        for report in reports:
+            cache_study.show(report)
+        if args.json and ranks().rank == 0:
+            with open(args.json, "w", encoding="utf-8") as f:
+                json.dump({"model": args.model, "dtype": str(dtype)[6:], "device": str(device), "rows": reports}, f, indent=2)
+        return 0
     bandwidth = streaming_bandwidth(device)
     facts = card(model, args.model, dtype, device, bandwidth)
     show_card(facts)

@@ -80,6 +80,10 @@ class Checkpoint:
         """The dtype that `load` returns: the file's own, or float32 for quantised tensors."""
         return self._find(name).dtype
 
+    def kind(self, name):
+        """What the tensor is in its file: a torch dtype, or ggml's name of a quantised type."""
+        return _short(self._find(name).dtype)
+
     def load(self, name):
         """The tensor on the CPU, to be copied and dropped: mapped from the file where its bytes are as torch wants them."""
         stored = self._find(name)
@@ -198,10 +202,7 @@ class HuggingFaceFolder(Checkpoint):
     def __init__(self, folder):
         super().__init__(folder)
         self.config = read_json(folder / "config.json")
-        generation = folder / "generation_config.json"
-        if generation.is_file():  # chat models name their end of turn only here
-            eos = read_json(generation).get("eos_token_id")
-            self.config["eos_token_id"] = self.config.get("eos_token_id") if eos is None else eos
+        _read_ends(folder, self.config)
         single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
         if single.is_file():
             self._stored = read_safetensors(single)
@@ -212,6 +213,14 @@ class HuggingFaceFolder(Checkpoint):
             raise CheckpointError(
                 f"{folder}: holds {others or 'no weights'}, expected model.safetensors or model.safetensors.index.json"
             )
+
+
+def _read_ends(folder, config):
+    """Chat models name their end of turn in generation_config.json only."""
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        eos = read_json(generation).get("eos_token_id")
+        config["eos_token_id"] = config.get("eos_token_id") if eos is None else eos
 
 
 def _sharded(folder, index):
@@ -347,6 +356,14 @@ class GgufFile(Checkpoint):
                     raise CheckpointError(f"{part}: tensor {brief(name)} is in {table[alias].path} too")
                 table[alias] = Stored(part, name, dtype, info.shape, info.offset, info.size, info.type)
         self.config = self._configure(family)
+
+    def kind(self, name):
+        stored = self._find(name)
+        if stored.ggml_type in GGUF_DTYPES:
+            return super().kind(name)
+        from gguf import GGMLQuantizationType
+
+        return GGMLQuantizationType(stored.ggml_type).name
 
     def _configure(self, family):
         where, stored = str(self.folder), self._stored
@@ -500,14 +517,15 @@ class MetaFolder(Checkpoint):
                 if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
                     raise CheckpointError(f"{path}: tensor {brief(name)} differs in shape or dtype from {self._paths[0].name}")
         for name, tensor in first.items():
-            if name == "rope.freqs":
-                continue
+            if name == "rope.freqs" or (name == "output.weight" and _same_bytes(tensor, first.get("tok_embeddings.weight"))):
+                continue  # computed, or tied
             shape = list(tensor.shape)
             axis = _meta_axis(name, shape, width)
             if axis is not None:
                 shape[axis] *= len(self._paths)
             self._stored[_renamed(name, "layers", META_NAMES)] = Stored(self._paths[0], name, tensor.dtype, tuple(shape))
         self.config = self._configure(folder / "params.json", params)
+        _read_ends(folder, self.config)
 
     def _configure(self, where, params):
         unknown = sorted(params.keys() - META_PARAMS)
@@ -526,7 +544,7 @@ class MetaFolder(Checkpoint):
             length = 131072
         end = vocabulary - 255
         return {
-            "model_type": "llama",
+            "model_type": "mistral" if params.get("sliding_window") else "llama",
             "hidden_size": width,
             "intermediate_size": self.shape("model.layers.0.mlp.gate_proj.weight")[0],
             "num_hidden_layers": layers,
@@ -534,7 +552,7 @@ class MetaFolder(Checkpoint):
             "num_key_value_heads": _integer(where, {"n_kv_heads": params.get("n_kv_heads") or heads}, "n_kv_heads"),
             "head_dim": _integer(where, params, "head_dim", width // heads or None),
             "vocab_size": vocabulary,
-            "max_position_embeddings": length,
+            "max_position_embeddings": _integer(where, params, "max_seq_len", length),
             "rms_norm_eps": _number(where, params, "norm_eps"),
             "rope_theta": _number(where, params, "rope_theta", 10000.0),
             "rope_scaling": scaling,
@@ -565,6 +583,10 @@ class MetaFolder(Checkpoint):
         if axis is None or len(parts) == 1:
             return parts[0]
         return torch.cat(parts, axis, out=_scratch(stored.shape, stored.dtype))
+
+
+def _same_bytes(a, b):
+    return b is not None and a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
 def _meta_axis(name, shape, width):

@@ -1,4 +1,4 @@
-"""The command line: `trillama generate`, `doctor`, `bench`, `xray`.
+"""The command line: `trillama generate` and `doctor`, and the way to all other commands.
 
 A user's mistake ends in one line on stderr and exit status 2. Imports that take long happen within the commands.
 """
@@ -39,6 +39,8 @@ def _in_ranks(argv):
     from . import parallel
 
     with parallel.join() as ranks, contextlib.ExitStack() as silence:
+        if ranks.size > 1 and argv[:1] in (["chat"], ["inspect"], ["convert"]):
+            raise ValueError(f"{argv[0]} runs in one process, expected no torchrun before it")
         if ranks.rank > 0:
             nowhere = silence.enter_context(open(os.devnull, "w"))
             silence.enter_context(contextlib.redirect_stdout(nowhere))
@@ -48,8 +50,8 @@ def _in_ranks(argv):
 
 def _dispatch(argv):
     if argv and argv[0] in ELSEWHERE:
-        module, _ = ELSEWHERE[argv[0]]
-        return importlib.import_module(module).main(argv[1:])
+        module, function, _ = ELSEWHERE[argv[0]]
+        return getattr(importlib.import_module(module), function)(argv[1:])
     parser = Parser(prog="trillama", description="Llama-style language models on Triton kernels or on plain PyTorch.")
     parser.add_argument("--version", action="version", version=f"trillama {_version('trillama')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -57,7 +59,7 @@ def _dispatch(argv):
         command = commands.add_parser(name, help=text, description=text)
         add_arguments(command)
         command.set_defaults(run=run)
-    for name, (_, text) in ELSEWHERE.items():
+    for name, (_, _, text) in ELSEWHERE.items():
         commands.add_parser(name, help=text, add_help=False)
     options = parser.parse_args(argv)
     return options.run(options)
@@ -68,77 +70,43 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"trillama: error: {message} (see {self.prog} --help)\n")
 
 
-# --- generate --------------------------------------------------------------------------------------------------------
+# --- what several commands share -------------------------------------------------------------------------------------
 
 
-def _generate_arguments(parser):
-    add = parser.add_argument
-    add("prompt", metavar="PROMPT", help="the text to continue, or - to read it from standard input")
+def add_model_options(parser):
+    add = parser.add_argument_group("model").add_argument
     add("--model", default="smollm2", metavar="SOURCE", help="a folder, a .gguf file, a hub id or a preset (default: smollm2)")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="the longest answer, in tokens (default: 64)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the likeliest token each time")
-    add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens only")
-    add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that together have probability P")
-    add("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    add("--chat", action="store_true", help="the prompt is a message to answer, not a text to continue")
     add("--backend", choices=BACKENDS, help="default: auto, Triton on a GPU and PyTorch on a CPU")
     add("--dtype", choices=DTYPES, help="of weights and arithmetic (default: chosen for the device)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    add("--no-cache", action="store_true", help="compute the whole text anew for every token, to see what the cache is worth")
-    add("--json", action="store_true", help="print one JSON object at the end instead of the text as it comes")
 
 
-def _generate(options):
-    from .presets import locate
+def add_sampling_options(parser, new=64):
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max-new-tokens", type=int, default=new, metavar="N", help=f"the longest answer, in tokens (default: {new})")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the likeliest token each time")
+    add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens only")
+    add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that together have probability P")
+    add("--min-p", type=float, metavar="P", help="sample among tokens at least P times as likely as the likeliest")
+    add("--repetition-penalty", type=float, metavar="X", help="divide the logits of tokens that are there already: 1.1 or so")
+    add("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
 
-    source = locate(options.model)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
-    import torch
 
+def sampling(options):
+    """The arguments of `generate` that the command line has."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def backend(options):
+    """The context in which a command runs its model."""
     from ..kernels import use_backend
-    from .generation import generate
-    from .llama import Llama
-    from .parallel import ranks
-    from .tokenizer import Tokenizer
 
-    prompt = ranks().first(sys.stdin.read) if options.prompt == "-" else options.prompt
-    with use_backend(options.backend or os.environ.get("TRILLAMA_BACKEND") or "auto"):
-        tokenizer = Tokenizer.from_pretrained(source)
-        if options.chat:
-            ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-        else:
-            ids = tokenizer.encode(prompt)
-        if not ids:
-            raise ValueError("PROMPT is empty, expected at least one token")
-        dtype = getattr(torch, options.dtype) if options.dtype else None
-        ranks().agree(prompt=ids)
-        model = Llama.from_pretrained(source, device=_device(options.device), dtype=dtype, ranks=ranks())
-
-        text, stream, clock = [], tokenizer.stream(), [time.perf_counter()]
-
-        def show(new):
-            piece = stream.put(new[0])
-            clock.append(time.perf_counter())
-            text.append(piece)
-            if not options.json:
-                print(piece, end="", flush=True)
-
-        new = generate(
-            model, [ids], max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
-            top_p=options.top_p, seed=options.seed, use_cache=not options.no_cache, stream=show,
-        )  # fmt: skip
-    text.append(stream.end())
-    report = _speeds(len(ids), clock)
-    if options.json:
-        answer = {"model": options.model, "prompt_ids": ids, "ids": new[0].tolist(), "text": "".join(text), **report}
-        print(json.dumps(answer, ensure_ascii=False))
-        return
-    print(text[-1], end="" if "".join(text).endswith("\n") else "\n", flush=True)
-    print(_in_words(report), file=sys.stderr)
+    return use_backend(options.backend or os.environ.get("TRILLAMA_BACKEND") or "auto")
 
 
-def _device(name):
+def device(name):
     """A torch.device for --device, None where none is given; ValueError where this machine has no such thing."""
     import torch
 
@@ -149,20 +117,133 @@ def _device(name):
     if name is None:
         return None
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        return torch.empty(1, device=torch.device(name)).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device is {name!r}, which torch cannot use: {str(error).splitlines()[0]}") from None
-    return device
 
 
-def _speeds(prompt, clock):
+def load_tokenizer(options):
+    from .presets import locate
+    from .tokenizer import Tokenizer
+
+    return Tokenizer.from_pretrained(locate(options.model))
+
+
+def load_model(options):
+    import torch
+
+    from .llama import Llama
+    from .parallel import ranks
+    from .presets import locate
+
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    return Llama.from_pretrained(locate(options.model), device=device(options.device), dtype=dtype, ranks=ranks())
+
+
+def encoded(tokenizer, prompt, chat=False):
+    """The ids of the command line's PROMPT, or of a dialogue that it begins."""
+    from .parallel import ranks
+
+    prompt = ranks().first(sys.stdin.read) if prompt == "-" else prompt
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("PROMPT is empty, expected at least one token")
+    ranks().agree(prompt=ids)
+    return ids
+
+
+def tolerant_output():
+    """A terminal that lacks a character is no reason to stop."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+class Answer:
+    """A row of `generate` as it comes: `ids` and `text` up to its end, and what the end was: "eos", "stop" or "length"."""
+
+    def __init__(self, tokenizer, model, stop=()):
+        self.ids, self.text, self.end = [], "", None
+        self._stream, self._eos = tokenizer.stream(stop=stop), model.config.eos_token_id
+
+    def put(self, id):
+        """Takes the next id and returns the text that is certain by now and was not before."""
+        if self.end is not None:
+            return ""
+        self.ids.append(id)
+        piece = self._stream.put(id)
+        self.end = "stop" if self._stream.stopped else "eos" if id in self._eos else None
+        return self._add(piece)
+
+    def close(self):
+        """The text that was held back: what might have become a character or a stop string."""
+        piece = self._add(self._stream.end())
+        self.end = "stop" if self._stream.stopped else self.end or "length"
+        return piece
+
+    def _add(self, piece):
+        self.text += piece
+        return piece
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def _generate_arguments(parser):
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT", help="the text to continue, or - to read it from standard input")
+    add("--chat", action="store_true", help="the prompt is a message to answer, not a text to continue")
+    add("--samples", type=int, default=1, metavar="N", help="so many texts of one prompt, each drawn for itself")
+    add("--no-cache", action="store_true", help="compute the whole text anew for every token, to see what the cache is worth")
+    add("--json", action="store_true", help="print one JSON object at the end instead of the text as it comes")
+    add_sampling_options(parser)
+    add_model_options(parser)
+
+
+def _generate(options):
+    samples = options.samples
+    if samples < 1 or (samples > 1 and options.temperature == 0):
+        reason = "at least 1" if samples < 1 else "1, or a temperature above 0: at 0 all samples are the same"
+        raise ValueError(f"--samples is {samples}, expected {reason}")
+    tolerant_output()
+    tokenizer = load_tokenizer(options)
+    tokenizer.stream(stop=options.stop)  # a mistake is told before anything is loaded
+    with backend(options):
+        from .generation import generate
+
+        ids = encoded(tokenizer, options.prompt, options.chat)
+        model = load_model(options)
+        answers, clock = [Answer(tokenizer, model, options.stop) for _ in range(samples)], [time.perf_counter()]
+
+        def show(new):
+            pieces = [answer.put(id) for answer, id in zip(answers, new.tolist())]
+            clock.append(time.perf_counter())
+            if samples == 1 and not options.json:
+                print(pieces[0], end="", flush=True)
+            return [answer.end is not None for answer in answers]
+
+        generate(model, [ids] * samples, use_cache=not options.no_cache, stream=show, **sampling(options))
+    rest, *_ = [answer.close() for answer in answers]
+    report = _speeds(len(ids), clock, samples)
+    if options.json:
+        texts = [{"ids": answer.ids, "text": answer.text, "end": answer.end} for answer in answers]
+        texts = texts[0] if samples == 1 else {"samples": texts}
+        print(json.dumps({"model": options.model, "prompt_ids": ids, **texts, **report}, ensure_ascii=False))
+        return
+    for number, answer in enumerate(answers, 1):
+        if samples > 1:
+            print(f"--- {number} of {samples}")
+        end = "" if answer.text.endswith("\n") else "\n"
+        print(rest if samples == 1 else answer.text, end=end, flush=True)
+    print(_in_words(report), file=sys.stderr)
+
+
+def _speeds(prompt, clock, samples=1):
     """Seconds and tokens a second, prefill and decode apart: the first new token comes out of the prefill."""
     report = {"prompt_tokens": prompt, "new_tokens": len(clock) - 1}
     for name, tokens, span in (("prefill", prompt, clock[:2]), ("decode", len(clock) - 2, clock[1:])):
         if len(span) > 1:
             seconds = span[-1] - span[0]
-            report[name] = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+            report[name] = {"tokens": tokens * samples, "seconds": seconds, "tokens_per_second": tokens * samples / seconds}
     return report
 
 
@@ -251,8 +332,12 @@ HERE = {
     "doctor": (_doctor, _doctor_arguments, "what is installed, and which backend each op takes and why"),
 }
 ELSEWHERE = {
-    "bench": ("trillama.bench.decode", "prefill and decode throughput, beside the bound that memory sets"),
-    "xray": ("trillama.bench.xray", "what the compiled kernels are made of, with no GPU"),
+    "chat": ("trillama.model.chat", "main", "a dialogue, turn by turn"),
+    "next": ("trillama.model.inspection", "show_next", "the likeliest next tokens and their probabilities"),
+    "inspect": ("trillama.model.inspection", "inspect", "the modules of a model and their sizes; what a head attends to"),
+    "convert": ("trillama.model.convert", "main", "a model's files in Hugging Face's or Meta's layout"),
+    "bench": ("trillama.bench.decode", "main", "prefill and decode throughput, beside the bound that memory sets"),
+    "xray": ("trillama.bench.xray", "main", "what the compiled kernels are made of, with no GPU"),
 }
 
 if __name__ == "__main__":

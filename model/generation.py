@@ -10,19 +10,22 @@ from .llama import KVCache
 
 def generate(
     model, input_ids, *, max_new_tokens, temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None,
-    seed=None, eos=None, use_cache=True, stream=None,
+    seed=None, eos=None, use_cache=True, cache=None, stream=None,
 ):  # fmt: skip
     """The ids that follow each prompt: int64 [B, n] on the model's device, n <= max_new_tokens.
 
     input_ids: integers [B, S], or a list of B lists of unequal length. A row ends with its first id out of `eos`: None is the
     config's own, [] never ends, else an id or several. The rest of the row repeats that id; n is the length of the longest row.
-    stream(ids): called once a step with the new ids [B] on the device, rows that have ended included.
-    use_cache=False computes the whole sequence anew at each step.
+    stream(ids): called once a step with the new ids [B] on the device, rows that have ended included; it may return a list of B
+    bools, those of rows which end here (a stop string was met: see `Tokenizer.stream`).
+    use_cache=False computes the whole sequence anew at each step. cache: a KVCache of B rows that holds the first `cache.filled`
+    ids of each row already, fewer than the row has; what follows is added to it.
 
     temperature 0 (below 1e-5) takes the most probable id. The others, in this order and as in transformers: logits of ids that
     the row has already are divided by repetition_penalty, or multiplied if negative (at temperature 0 too); all are divided by
     temperature; the top_k largest stay; of these the fewest whose probabilities reach top_p; of these the ones at least min_p
-    times as probable as the first. seed: of a generator of its own; None draws from torch's.
+    times as probable as the first. seed: row b draws by the seed and b alone, so it has the same ids whatever its neighbours are;
+    None takes a seed from torch's generator.
 
     With longrope or dynamic scaling the longest row decides on the frequencies of all. Raises a ValueError that names the
     argument for anything out of range, and for more tokens than the model has positions.
@@ -43,15 +46,19 @@ def generate(
     penalty = repetition_penalty
     _check("repetition_penalty", penalty, penalty is None or (_number(penalty) and penalty > 0), "a number above 0")
     _check("seed", seed, seed is None or (type(seed) is int and 0 <= seed < 2**63), "an integer from 0 to 2**63 - 1")
+    _check_cache(cache, use_cache, rows, longest + max_new_tokens)
     ends = torch.tensor(_ends(eos, config), dtype=torch.int64, device=device)
 
     with torch.inference_mode():
         # Padded on the right, where causal attention never looks, with the row's own first id, which adds nothing to its set.
         prompt = torch.tensor([row + row[:1] * (longest - len(row)) for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
+        if cache is None and use_cache:
+            weight = model.model.embed_tokens.weight
+            cache = KVCache(config, len(rows), longest + max_new_tokens, weight.dtype, weight.device)
         greedy = temperature < 1e-5 and penalty is None
-        step = _Step(model, prompt, lengths, max_new_tokens if use_cache else None, model.likeliest if greedy else model.head)
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        step = _Step(model, prompt, lengths, cache, model.likeliest if greedy else model.head)
+        state = start(torch.randint(2**63 - 1, ()).item() if seed is None else seed, len(rows), device)
         seen = None
         if penalty is not None:
             seen = torch.zeros(len(rows), config.vocab_size, dtype=torch.bool, device=device).scatter_(1, prompt, True)
@@ -62,30 +69,34 @@ def generate(
             logits = step(new)  # or already ids
             if finished is not None and finished.late and finished.read():
                 break
-            if seen is not None:
-                logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-            ids = logits if greedy else model.ranks.same(sample(logits, temperature, top_k, top_p, min_p, generator))
-            if len(ends):
-                ids = torch.where(ended, new[-1], ids) if new else ids
-                ended |= (ids[:, None] == ends).any(-1)
-                finished = _Flag(ended.all())
+            if greedy:
+                ids = logits
+            else:
+                options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+                ids = model.ranks.same(sample(logits, state, repetition_penalty=penalty, seen=seen, **options))
+                state = advance(state)
             if seen is not None:
                 seen.scatter_(1, ids[:, None], True)
+            ids = torch.where(ended, new[-1], ids) if new else ids
             new.append(ids)
-            if stream is not None:
-                stream(ids)
+            stops = None if stream is None else stream(ids)
+            may_end = len(ends) > 0
+            if may_end:
+                ended |= (ids[:, None] == ends).any(-1)
+            if isinstance(stops, list) and any(stops):
+                ended |= torch.tensor(stops, device=device)
+                may_end = True
+            if may_end:
+                finished = _Flag(ended.all())
         return torch.stack(new, 1) if new else prompt[:, :0]
 
 
 class _Step:
-    """What `head` makes of the hidden states [B, N] after the prompts and the new ids, with a cache or without (capacity None)."""
+    """What `head` makes of the hidden states [B, N] after the prompts and the new ids, with a cache or without (None)."""
 
-    def __init__(self, model, prompt, lengths, capacity, head):
-        self.model, self.head, self.prompt, self.lengths, self.cache = model, head, prompt, lengths, None
+    def __init__(self, model, prompt, lengths, cache, head):
+        self.model, self.head, self.prompt, self.lengths, self.cache = model, head, prompt, lengths, cache
         self.rows = torch.arange(len(prompt), device=prompt.device)
-        if capacity is not None:
-            weight = model.model.embed_tokens.weight
-            self.cache = KVCache(model.config, len(prompt), prompt.shape[1] + capacity, weight.dtype, weight.device)
 
     def __call__(self, new):
         """new: the ids so far, [B] each."""
@@ -94,37 +105,91 @@ class _Step:
         switched = same_frequencies(self.model.config.rope_parameters, width) == (width, math.inf)
         if self.cache is not None and new and not switched:
             return self.head(self.model.hidden_states(new[-1][:, None], self.cache)[:, -1])
-        ids, lengths = self.prompt, self.lengths + len(new)
+        ids, lengths, begin = self.prompt, self.lengths + len(new), 0
         if new:  # each row's go to where its prompt ends; behind them padding is left
             new = torch.stack(new, 1)
             places = self.lengths[:, None] + torch.arange(new.shape[1], device=ids.device)
             ids = torch.cat((ids, new), 1).scatter_(1, places, new)
-        if self.cache is not None:
+        elif self.cache is not None and self.cache.filled:
+            before, now = (same_frequencies(self.model.config.rope_parameters, n)[0] for n in (self.cache.filled, width))
+            begin = self.cache.filled if before == now else 0
+        if self.cache is not None and not begin:
             self.cache.reset()
-        hidden = self.model.hidden_states(ids, self.cache)[self.rows, lengths - 1]
+        hidden = self.model.hidden_states(ids[:, begin:], self.cache)[self.rows, lengths - 1 - begin]
         if self.cache is not None:
             self.cache.lengths.copy_(lengths)  # what the padding wrote lies behind the ends and is overwritten
         return self.head(hidden)
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
-    """One id [B] a row, drawn from float32 logits [B, vocab_size] as `generate` describes; nothing is read by the host."""
+# --- sampling: functions of tensors alone, of fixed shapes and read by no host, so that a CUDA graph can hold them -----------
+
+
+def sample(logits, state, *, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None, seen=None):
+    """One id [B] a row, drawn from logits [B, vocab_size] as `generate` describes.
+
+    state: int64 [B], of `start` and `advance`. seen: bool [B, vocab_size], the ids that a row has, for the repetition_penalty.
+    """
+    if repetition_penalty is not None:
+        logits = penalise(logits, seen, repetition_penalty)
     if temperature < 1e-5:
         return logits.argmax(-1)
+    # Of exponential clocks with rates p each is the first with probability p.
+    return (warp(logits, temperature, top_k, top_p, min_p).softmax(-1) / clocks(state, logits.shape[-1])).argmax(-1)
+
+
+def penalise(logits, seen, penalty):
+    """The logits of ids in `seen` are divided by the penalty, or multiplied if negative (Keskar et al. 2019, arXiv:1909.05858)."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def warp(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """Logits divided by the temperature, the largest of a row 0; those that are not to be drawn are -inf."""
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p is not None:
+    if top_p is not None:  # Holtzman et al. 2020, arXiv:1904.09751
         ascending, order = logits.sort(-1)
         beyond = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         beyond[:, -1] = False
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-    if min_p:
-        logits = logits.masked_fill(logits < math.log(min_p), -math.inf)  # the largest is 0
-    # Of exponential clocks with rates p each is the first with probability p. (torch.multinomial stops the GPU for a check.)
-    clocks = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=torch.finfo(logits.dtype).tiny)
-    return (logits.softmax(-1) / clocks).argmax(-1)
+    if min_p:  # Nguyen et al. 2024, arXiv:2407.01082; the largest is 0
+        logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
+    return logits
+
+
+# Draws are a function of seed, row, step and id: splitmix64 (Steele, Lea and Flood 2014), whose output is a hash of a counter. A
+# generator's draws would depend on how many rows there are, and its state would have to be kept out of a graph.
+GOLDEN, MIX_1, MIX_2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # as int64
+
+
+def start(seed, rows, device):
+    """The state [B] of the first step: of each row a counter that begins where seed and row say."""
+    return mix(mix(torch.tensor(seed)) + torch.arange(rows)).to(device)
+
+
+def advance(state):
+    """The state of the next step."""
+    return state + GOLDEN
+
+
+def clocks(state, size):
+    """Draws [B, size] in float32, exponentially distributed with mean 1, all above 0 and finite."""
+    counter = torch.arange(size, device=state.device) * GOLDEN + mix(state)[:, None]
+    uniform = (_shift(mix(counter), 1).float() + 0.5) * 2.0**-63  # small ones keep all their bits: they decide
+    return -torch.log1p(-uniform.clamp(max=1 - 2.0**-24))
+
+
+def mix(z):
+    """A bijection of int64 in which every bit of the argument moves half the bits of the result."""
+    z = (z ^ _shift(z, 30)) * MIX_1
+    z = (z ^ _shift(z, 27)) * MIX_2
+    return z ^ _shift(z, 31)
+
+
+def _shift(z, bits):
+    """z >> bits of an unsigned number."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 class _Flag:
@@ -158,6 +223,17 @@ def _rows(input_ids, vocabulary):
             if type(token) is not int or not 0 <= token < vocabulary:
                 raise ValueError(f"input_ids[{b}][{i}] is {_brief(token)}, expected a token id from 0 to {vocabulary - 1}")
     return [list(row) for row in rows]
+
+
+def _check_cache(cache, use_cache, rows, length):
+    if cache is None:
+        return
+    if not use_cache:
+        raise ValueError("cache is given, expected None with use_cache=False")
+    if cache.batch != len(rows) or cache.max_length < length:
+        raise ValueError(f"cache has {cache.batch} rows of {cache.max_length}, expected {len(rows)} of at least {length}")
+    if cache.filled >= min(map(len, rows)):
+        raise ValueError(f"cache holds {cache.filled} tokens, expected fewer than the shortest row, {min(map(len, rows))}")
 
 
 def _ends(eos, config):

@@ -58,6 +58,7 @@ LLAMA_3_TEMPLATE = (
 )
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of tokens in sentencepiece and GGUF
+LARGEST_VOCABULARY = 1 << 24  # tokens
 LARGEST_MODEL = 64 << 20  # bytes of a tokenizer.model; Llama 3's has 2 MB
 
 
@@ -107,22 +108,78 @@ class Tokenizer:
         stream = self.stream(skip_special)
         return "".join([stream.put(id) for id in getattr(ids, "tolist", lambda: ids)()]) + stream.end()
 
-    def stream(self, skip_special=True):
-        """A Stream, which decodes ids one by one."""
-        return Stream(self, skip_special)
+    def save(self, folder):
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, from which transformers and this class read it."""
+        self._backend.encode_special_tokens = False
+        self._backend.save(str(folder / "tokenizer.json"))
+        fields = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self._tokens}
+        (folder / "tokenizer_config.json").write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
+        if self._template is not None:
+            (folder / "chat_template.jinja").write_text(self._template, encoding="utf-8")
 
-    def apply_chat_template(self, messages, add_generation_prompt=True):
+    def token(self, id):
+        """What one id stands for: its text, or the name of a special token."""
+        return self._bytes(id, skip_special=False).decode("utf-8", "replace")
+
+    def stream(self, skip_special=True, stop=()):
+        """A Stream, which decodes ids one by one up to the first of the texts in `stop`."""
+        return Stream(self, skip_special, stop)
+
+    def apply_chat_template(self, messages, add_generation_prompt=True, *, special=False):
         """Token ids of a dialogue, a list of {"role": ..., "content": ...}, in the form that the model was trained on.
 
-        add_generation_prompt: whether the ids end with the beginning of the model's answer. As in transformers, the names of
-        special tokens within the contents stand for those tokens: clean what strangers have written before it gets here.
+        add_generation_prompt: whether the ids end with the beginning of the model's answer. special: whether the name of a special
+        token within a message stands for that token, as it does in transformers; else it is text as any other, and nobody can end
+        a turn from within.
         """
         if self._template is None:
             raise ValueError("this model has no chat template: it continues texts, it does not hold dialogues")
         if not isinstance(messages, (list, tuple)) or not all(isinstance(m, dict) and "role" in m for m in messages):
             raise ValueError(f"messages is {brief(messages)}, expected a list of dicts with role and content")
-        variables = {**self._tokens, "messages": list(messages), "add_generation_prompt": bool(add_generation_prompt)}
-        return self.encode(chat_template.render(self._template, variables), special=True, bos=False)
+        disguised, reveal = (messages, None) if special else self._disguised(messages)
+        variables = {**self._tokens, "messages": list(disguised), "add_generation_prompt": bool(add_generation_prompt)}
+        text = chat_template.render(self._template, variables)
+        if reveal is None:
+            return self.encode(text, special=True, bos=False)
+        ids = []
+        for i, piece in enumerate(re.split(f"({self._names()})", text)):
+            if i % 2:
+                id = self._backend.token_to_id(piece)
+                ids.append(self._backend.token_to_id(piece.strip()) if id is None else id)
+            elif piece:
+                ids += self.encode(reveal(piece), bos=False)
+        return ids
+
+    def _names(self):
+        """An expression for the names of the special tokens, with the white space that they swallow, long ones first."""
+        tokens = [token for token in self._backend.get_added_tokens_decoder().values() if token.special]
+        tokens.sort(key=lambda token: -len(token.content))
+        space = r"\s*"
+        return "|".join(space * t.lstrip + re.escape(t.content) + space * t.rstrip for t in tokens) or "(?!)"
+
+    def _disguised(self, messages):
+        """(the messages with a mark for every name of a special token in them, the function that puts the names back); the
+        messages themselves and None where there is no such name."""
+        names = re.compile(self._names())
+        found, used = [], {*json.dumps(messages, ensure_ascii=False, default=str)}
+        mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
+
+        def hide(match):
+            found.append(match[0])
+            return f"{mark}{len(found) - 1}{mark}"
+
+        def walk(value):
+            if isinstance(value, str):
+                return names.sub(hide, value)
+            if isinstance(value, (list, tuple)):
+                return [walk(item) for item in value]
+            return {key: walk(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+        def reveal(text):
+            return re.sub(f"{mark}([0-9]+){mark}", lambda match: found[int(match[1])], text)
+
+        disguised = walk(messages)
+        return (disguised, reveal) if found else (messages, None)
 
     def _bytes(self, id, skip_special):
         if skip_special and id in self._special:
@@ -134,21 +191,42 @@ class Tokenizer:
 
 
 class Stream:
-    """Decodes ids one by one: `put` returns the characters that the id completes, `end` what is left."""
+    """Decodes ids one by one: `put` returns the characters that the id completes, `end` what is left.
 
-    def __init__(self, tokenizer, skip_special):
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+    stop: texts that end the stream, however the tokens cut them. Neither they nor what follows is returned, and what may be the
+    beginning of one is held back until it is known not to be. stopped: whether one was met.
+    """
+
+    def __init__(self, tokenizer, skip_special, stop=()):
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop is {brief(stop)}, expected a list of texts that are not empty")
+        self._tokenizer, self._skip_special, self._stop = tokenizer, skip_special, tuple(stop)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = tokenizer._strip
+        self._held, self.stopped = "", False
 
     def put(self, id):
         data = self._tokenizer._bytes(int(id), self._skip_special)
         if self._strip and data:  # sentencepiece puts a space before the first word
             data, self._strip = data.removeprefix(b" "), False
-        return self._utf8.decode(data)
+        return self._until_stop(self._utf8.decode(data))
 
     def end(self):
-        return self._utf8.decode(b"", final=True)
+        rest = self._until_stop(self._utf8.decode(b"", final=True)) + self._held
+        self._held = ""
+        return rest
+
+    def _until_stop(self, text):
+        if not self._stop or self.stopped:
+            return "" if self.stopped else text
+        text, self._held = self._held + text, ""
+        met = [(begin + len(stop), begin) for stop in self._stop if (begin := text.find(stop)) >= 0]
+        if met:  # the one that was complete first
+            self.stopped = True
+            return text[: min(met)[1]]
+        tails = (text[begin:] for begin in range(max(0, len(text) + 1 - max(map(len, self._stop))), len(text)))
+        self._held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stop)), "")
+        return text.removesuffix(self._held)
 
 
 # --- tokens and bytes ------------------------------------------------------------------------------------------------
@@ -180,7 +258,7 @@ def _sentencepiece(token):
 
 def _byte_reader(backend):
     """(the function from a token to its bytes, whether a text loses its first space), as the decoder of the vocabulary says."""
-    decoder = json.loads(backend.to_str())["decoder"] if backend.decoder else {"type": None}
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
     steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
     if "ByteLevel" in steps:
         return _byte_level, False
@@ -201,6 +279,9 @@ def _from_folder(folder):
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise CheckpointError(f"{path}: is not a tokenizer: {brief(str(error))}") from None
+    token, id = max(backend.get_vocab().items(), key=lambda entry: entry[1], default=("", 0))
+    if id >= LARGEST_VOCABULARY:  # tokenizers counts up to it
+        raise CheckpointError(f"{path}: token {brief(token)} has the id {id}, expected less than {LARGEST_VOCABULARY}")
     backend.no_truncation()
     backend.no_padding()
     config = {}

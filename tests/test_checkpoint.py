@@ -883,31 +883,95 @@ def test_copying_a_checkpoint_needs_the_weights_and_little_more(tmp_path, form):
     assert float(done.stdout) < 1.15
 
 
-def test_a_large_checkpoint_opens_at_once(tmp_path):
-    """The shape of an 8B model, of which the file system stores nothing but the header."""
+LOAD = """
+import sys, torch
+from trillama.model import Llama
+def memory(key):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
+torch.ones(10).sum()
+before = memory("VmRSS")
+model = Llama.from_pretrained(sys.argv[1], device="cpu")
+print((memory("VmHWM") - before) / sum(parameter.nbytes for parameter in model.parameters()))
+"""
+
+
+def sparse_folder(folder, hidden, intermediate, layers, vocabulary, stored="BF16"):
+    """A Llama in four shards, of which the file system stores nothing but the headers: all weights are zero."""
+    keys = hidden // 4
+    sizes = dict(
+        model_type="llama", hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, vocab_size=vocabulary,
+        num_attention_heads=hidden // 128, num_key_value_heads=keys // 128, max_position_embeddings=8192,
+    )  # fmt: skip
+    shapes = {"model.embed_tokens": [vocabulary, hidden], "lm_head": [vocabulary, hidden], "model.norm": [hidden]}
+    for layer in range(layers):
+        parts = {"self_attn.q_proj": [hidden, hidden], "self_attn.k_proj": [keys, hidden], "self_attn.v_proj": [keys, hidden],
+                 "self_attn.o_proj": [hidden, hidden], "input_layernorm": [hidden], "post_attention_layernorm": [hidden],
+                 "mlp.gate_proj": [intermediate, hidden], "mlp.up_proj": [intermediate, hidden],
+                 "mlp.down_proj": [hidden, intermediate]}  # fmt: skip
+        shapes.update({f"model.layers.{layer}.{part}": shape for part, shape in parts.items()})
+    index, names = {}, sorted(shapes)
+    for shard in range(4):
+        header, end, file = {}, 0, f"model-{shard + 1:05}-of-00004.safetensors"
+        for name in names[shard::4]:
+            size = {"BF16": 2, "F32": 4}[stored] * int(np.prod(shapes[name]))
+            header[f"{name}.weight"] = {"dtype": stored, "shape": shapes[name], "data_offsets": [end, end + size]}
+            end += size
+            index[f"{name}.weight"] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file, "wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            opened.truncate(8 + len(text) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(sizes))
+    return folder
+
+
+@pytest.fixture
+def eight_billion(tmp_path):
+    return sparse_folder(tmp_path, 4096, 14336, 32, 128256)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of the memory from /proc")
+@pytest.mark.parametrize("stored", ["F32", pytest.param("BF16", marks=pytest.mark.slow)])
+def test_loading_a_model_needs_the_weights_and_little_more(tmp_path, stored):
+    """All included: what is imported for it, q, k and v as they are packed."""
+    sparse_folder(tmp_path, 1024, 2048, 6, 8000, stored)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 1 < float(done.stdout) < 1.15
+
+
+def test_a_large_checkpoint_starts_loading_at_once(eight_billion, monkeypatch):
     import time
 
-    sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
-    shapes = {"model.embed_tokens.weight": [128256, 4096], "lm_head.weight": [128256, 4096], "model.norm.weight": [4096]}
-    for layer in range(32):
-        parts = {"self_attn.q_proj": [4096, 4096], "self_attn.k_proj": [1024, 4096], "self_attn.v_proj": [1024, 4096],
-                 "self_attn.o_proj": [4096, 4096], "mlp.gate_proj": [14336, 4096], "mlp.up_proj": [14336, 4096],
-                 "mlp.down_proj": [4096, 14336], "input_layernorm": [4096], "post_attention_layernorm": [4096]}  # fmt: skip
-        shapes.update({f"model.layers.{layer}.{part}.weight": shape for part, shape in parts.items()})
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    with open(tmp_path / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
-    start = time.perf_counter()
-    with open_checkpoint(tmp_path) as checkpoint:
+    from trillama.model import Llama
+    from trillama.model.checkpoint import Checkpoint
+
+    class Begun(Exception):
+        pass
+
+    def begin(checkpoint, name):
+        raise Begun
+
+    start = time.process_time()
+    with open_checkpoint(eight_billion) as checkpoint:
         assert checkpoint.load("model.layers.31.mlp.down_proj.weight")[-1, -1] == 0
-    assert time.perf_counter() - start < 5
+    monkeypatch.setattr(Checkpoint, "load", begin)
+    with pytest.raises(Begun):
+        Llama.from_pretrained(eight_billion, device="cpu", dtype=torch.bfloat16)
+    assert time.process_time() - start < 3
+
+
+def test_a_large_checkpoint_is_inspected_at_once(eight_billion, capsys):
+    import time
+
+    from trillama.model import cli
+
+    start = time.process_time()
+    assert cli.main(["inspect", "--model", str(eight_billion), "--dtype", "bfloat16"]) == 0
+    assert time.process_time() - start < 3
+    assert "a llama of 8,030,261,248 parameters, bfloat16 in the file, 16.1 GB in memory as bfloat16" in capsys.readouterr().out
 
 
 def mutations(data, rng, header):

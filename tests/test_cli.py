@@ -4,9 +4,11 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from trillama.model import cli
@@ -106,6 +108,61 @@ def test_sampling_options_reach_the_model(trillama, tiny_folder):
     assert ids("--temperature", 5, "--top-p", 0.000001) == greedy
 
 
+def test_more_sampling_options(trillama, tiny_folder):
+    def ids(*options):
+        status, out, err = trillama("generate", "a", "--model", tiny_folder, "--max-new-tokens", 20, "--json", *options)
+        assert (status, err) == (0, "")
+        return json.loads(out)["ids"]
+
+    greedy = ids()
+    assert ids("--temperature", 5, "--min-p", 1) == greedy
+    assert ids("--repetition-penalty", 1.0) == greedy
+    penalised = ids("--repetition-penalty", 1e6)
+    assert len(set(penalised)) == 20  # nothing is said twice
+
+
+def test_samples(trillama, tiny_folder):
+    """Each with its own text; the first are the same however many there are."""
+    options = ("generate", "a b", "--model", tiny_folder, "--max-new-tokens", 15, "--temperature", 2, "--seed", 4)
+    three = json.loads(trillama(*options, "--samples", 3, "--json")[1])
+    texts = [sample["text"] for sample in three["samples"]]
+    assert len(set(texts)) == 3
+    assert three["decode"]["tokens"] == 3 * (three["new_tokens"] - 1)
+    one = json.loads(trillama(*options, "--json")[1])
+    assert {key: one[key] for key in ("ids", "text", "end")} == three["samples"][0]
+    assert json.loads(trillama(*options, "--samples", 2, "--json")[1])["samples"] == three["samples"][:2]
+    status, out, _ = trillama(*options, "--samples", 3)
+    assert status == 0
+    assert out == "".join(f"--- {n} of 3\n{text}" + "\n" * (not text.endswith("\n")) for n, text in enumerate(texts, 1))
+
+
+def test_stop(trillama, tiny_folder):
+    """Text ends before the stop string, which two tokens bring about between them; so does generating."""
+    options = ("generate", "a b", "--model", tiny_folder, "--max-new-tokens", 40, "--temperature", 3, "--seed", 8)
+    free = json.loads(trillama(*options, "--json")[1])
+    from trillama.model import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(tiny_folder)
+    pieces = [tokenizer.decode([id]) for id in free["ids"]]
+    at = next(i for i in range(8, 38) if pieces[i].isascii() and pieces[i + 1].isascii() and pieces[i] and pieces[i + 1])
+    stop = pieces[at][-1] + pieces[at + 1][0]
+    end = free["text"].index(stop)
+    got = json.loads(trillama(*options, "--stop", "not there", "--stop", stop, "--json")[1])
+    assert (got["text"], got["end"]) == (free["text"][:end], "stop")
+    assert got["ids"] == free["ids"][: len(got["ids"])]
+    assert len(got["ids"]) <= at + 2
+    _, out, _ = trillama(*options, "--stop", stop)
+    assert out.removesuffix("\n") == free["text"][:end].removesuffix("\n")
+    assert free["end"] == "length"
+
+
+def test_what_may_become_a_stop_string_is_shown_in_the_end(trillama, tiny_folder):
+    options = ("generate", "a b", "--model", tiny_folder, "--max-new-tokens", 6)
+    text = trillama(*options)[1]
+    last = text.removesuffix("\n")[-1]
+    assert trillama(*options, "--stop", last + "never")[1] == text
+
+
 def test_prompt_from_standard_input(trillama, tiny_folder, monkeypatch):
     arguments = ("--model", tiny_folder, "--max-new-tokens", 5, "--json")
     monkeypatch.setattr(sys, "stdin", io.StringIO("one two"))
@@ -134,6 +191,11 @@ MISTAKES = {
     "temperature is a word": (["--temperature", "hot"], "--temperature"),
     "top-k": (["--top-k", "0"], "top_k"),
     "top-p": (["--top-p", "1.5"], "top_p"),
+    "min-p": (["--min-p", "2"], "min_p"),
+    "repetition-penalty": (["--repetition-penalty", "0"], "repetition_penalty"),
+    "an empty stop string": (["--stop", ""], "stop is ['']"),
+    "no samples": (["--samples", "0"], "--samples is 0"),
+    "equal samples": (["--samples", "2"], "--samples is 2, expected 1, or a temperature above 0"),
     "too many tokens": (["--max-new-tokens", "100000"], "512"),
     "a negative number of tokens": (["--max-new-tokens", "-3"], "max_new_tokens"),
     "unknown device": (["--device", "toaster"], "--device is 'toaster'"),
@@ -226,7 +288,7 @@ def test_help_is_quick_and_loads_nothing():
         "print([name for name in ('torch', 'numpy', 'tokenizers', 'triton', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    for command in ("generate", "doctor", "bench", "xray"):
+    for command in ("generate", "chat", "next", "inspect", "convert", "doctor", "bench", "xray"):
         assert f"\n    {command} " in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -239,8 +301,9 @@ def test_version(trillama):
 
 def test_help_of_generate_names_every_option(trillama):
     _, out, _ = trillama("generate", "--help")
-    for option in ("PROMPT", "--model", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--chat", "--backend",
-                   "--dtype", "--device", "--no-cache", "--json"):  # fmt: skip
+    for option in ("PROMPT", "--model", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p",
+                   "--repetition-penalty", "--seed", "--stop", "--samples", "--chat", "--backend", "--dtype", "--device",
+                   "--no-cache", "--json"):  # fmt: skip
         assert option in out
 
 
@@ -248,11 +311,23 @@ def test_help_of_generate_names_every_option(trillama):
 def test_commands_that_live_elsewhere_get_their_arguments(trillama, monkeypatch, command):
     import types
 
-    module, _ = cli.ELSEWHERE[command]
+    module, _, _ = cli.ELSEWHERE[command]
     seen = []
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(main=lambda argv: seen.append(argv)))
     assert trillama(command, "--json", "x", "--help")[0] == 0
     assert seen == [["--json", "x", "--help"]]
+
+
+@pytest.mark.parametrize("command", ["chat", "inspect", "convert"])
+def test_commands_of_one_process(trillama, monkeypatch, command):
+    import contextlib
+    import types
+
+    for name in cli.TORCHRUN:
+        monkeypatch.setenv(name, "0")
+    two = contextlib.nullcontext(types.SimpleNamespace(rank=0, size=2))
+    monkeypatch.setattr("trillama.model.parallel.join", lambda: two)
+    mistake(trillama(command, "x"), f"{command} runs in one process, expected no torchrun before it")
 
 
 @pytest.mark.parametrize("error", [ValueError("first\nsecond"), OSError("first"), RuntimeError("first"), MemoryError("first")])
@@ -346,3 +421,33 @@ def test_the_capital_of_france(smollm2_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     assert "fetching" not in done.stderr
+
+
+# --- the manual ------------------------------------------------------------------------------------------------------
+
+MANUAL = Path(__file__).parents[1] / "docs" / "cli.md"
+
+
+def test_manual_has_every_command():
+    text = MANUAL.read_text(encoding="utf-8")
+    for command in (*cli.HERE, *cli.ELSEWHERE):
+        assert f"\n## {command}: " in text
+        assert f"\n$ trillama {command}" in text
+    assert "(docs/cli.md)" in (MANUAL.parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_manual_shows_what_is_printed(trillama, smollm2_path, monkeypatch):
+    """Every example that depends neither on the machine nor on rounding, against the default model's 4-bit file."""
+    if smollm2_path.suffix != ".gguf":
+        pytest.skip("the examples are of the GGUF file")
+    blocks = re.findall(r"^```\n\$ trillama (.*)\n([^`]*)^```$", MANUAL.read_text(encoding="utf-8"), re.MULTILINE)
+    examples = [(shlex.split(line), shown) for line, shown in blocks if re.match("generate|next|inspect", line)]
+    examples = [(arguments, shown) for arguments, shown in examples if "--temperature" not in arguments]
+    assert len(examples) == 6
+    for arguments, shown in examples:
+        status, out, err = trillama(*arguments)
+        assert status == 0
+        wanted = ".*?".join(re.escape(" ".join(part.split())) for part in shown.split("…"))
+        wanted = wanted.replace(r"\ ", r"\s*")
+        assert re.match(wanted, " ".join((out + err).split())), arguments

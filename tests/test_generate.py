@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from trillama.model import Llama, generate
-from trillama.model.generation import sample
+from trillama.model import KVCache, Llama, generate
+from trillama.model.generation import GOLDEN, advance, clocks, penalise, sample, start, warp
 
 flags = importlib.import_module("trillama.model.generation")
 pytestmark = pytest.mark.host
@@ -197,11 +197,10 @@ def test_distribution(options):
     """100,000 draws: nothing that has no probability, and frequencies within 5 standard deviations."""
     rows, n = 2, 100_000
     logits = torch.from_numpy(np.random.default_rng(5).normal(size=(rows, 24)) * 2).float()
-    generator = torch.Generator().manual_seed(11)
     options = {"temperature": 1.0, **options}
     for row in logits:
         p = probabilities(row.double().numpy(), **options)
-        ids = sample(row.expand(n, -1), generator=generator, **options)
+        ids = sample(row.expand(n, -1), start(11, n, "cpu"), **options)
         counts = torch.bincount(ids, minlength=24).numpy()
         assert counts[p == 0].sum() == 0
         deviation = np.sqrt(n * p * (1 - p)) + 1e-9
@@ -209,23 +208,33 @@ def test_distribution(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_kept_ids_are_transformers(options):
+def test_warp_is_transformers(options):
+    """In float64, to the last bits, and the ids that are cut off exactly."""
     transformers = pytest.importorskip("transformers")
-    logits = torch.randn(50, 200, generator=torch.Generator().manual_seed(2)) * 3
+    logits = torch.randn(50, 200, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3
     warpers = {
         "temperature": transformers.TemperatureLogitsWarper, "top_k": transformers.TopKLogitsWarper,
         "top_p": transformers.TopPLogitsWarper, "min_p": transformers.MinPLogitsWarper,
     }  # fmt: skip
-    scores = logits
+    wanted = logits
     for name, value in {"temperature": 1.0, **options}.items():
-        scores = warpers[name](value)(None, scores)
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    for _ in range(300):
-        ids = sample(logits, **{"temperature": 1.0, **options})
-        seen[torch.arange(50), ids] = True
-    assert not (seen & (scores == -math.inf)).any()
-    likely = scores.softmax(-1) > 0.1
-    assert (seen | ~likely).all()
+        wanted = warpers[name](value)(None, wanted)
+    got = warp(logits, **options)
+    assert torch.equal(got == -math.inf, wanted == -math.inf)
+    torch.testing.assert_close(got.softmax(-1), wanted.softmax(-1), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.3])
+def test_penalty_is_transformers(penalty):
+    transformers = pytest.importorskip("transformers")
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(20, 60, generator=generator, dtype=torch.float64) * 3
+    ids = torch.randint(0, 60, (20, 30), generator=generator)
+    seen = torch.zeros(20, 60, dtype=torch.bool).scatter_(1, ids, True)
+    assert not seen.all()
+    wanted = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
+    assert torch.equal(penalise(logits, seen, penalty), wanted)
+    assert torch.equal(sample(logits, start(0, 20, "cpu"), temperature=0, repetition_penalty=penalty, seen=seen), wanted.argmax(-1))
 
 
 def test_extreme_logits():
@@ -233,16 +242,133 @@ def test_extreme_logits():
     logits = torch.tensor([[-1e30, 0.0, 1e30], [-math.inf, -math.inf, 2.0], [3e38, -3e38, 0.0]])
     for temperature in (1e-5, 1e-3, 1.0, 1e4):
         for options in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}):
-            assert sample(logits, temperature, **options).tolist() == [2, 2, 0]
+            assert sample(logits, start(1, 3, "cpu"), temperature=temperature, **options).tolist() == [2, 2, 0]
 
 
 def test_unlucky_draws(monkeypatch):
-    """A clock of exactly 0 must not let an id of probability 0 win."""
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator=None: self.zero_())
-    assert sample(torch.tensor([[-200.0, 0.0, -math.inf]]), 1.0).tolist() == [1]
+    """Neither a clock that runs out at once nor one that never does lets an id of probability 0 win."""
+    for hashed in (0, -1, 1):
+        monkeypatch.setattr(flags, "mix", lambda z, hashed=hashed: torch.full_like(z, hashed))
+        assert 0 < clocks(torch.tensor([5]), 3).min() < math.inf
+        assert sample(torch.tensor([[-200.0, 0.0, -math.inf]]), torch.tensor([5])).tolist() == [1]
+
+
+def splitmix64(state):
+    """In Python's own integers, as published: https://prng.di.unimi.it/splitmix64.c"""
+    z = state % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def test_clocks():
+    """The numbers are those of the formula, and they are distributed as they should be."""
+    state = advance(start(42, 3, "cpu"))
+    got = clocks(state, 1000)
+    for row in range(3):
+        counter = splitmix64(splitmix64(42) + row) + GOLDEN
+        uniform = [np.float32((splitmix64(splitmix64(counter) + id * GOLDEN) // 2 + 0.5) / 2**63) for id in range(1000)]
+        np.testing.assert_allclose(got[row].numpy(), -np.log1p(-np.array(uniform, np.float64)), rtol=1e-6)
+    many = clocks(start(7, 50, "cpu"), 20_000).double().flatten()
+    for power in (1, 2, 3):  # moments of the exponential distribution, within 5 standard deviations
+        deviation = math.sqrt((math.factorial(2 * power) - math.factorial(power) ** 2) / len(many))
+        assert abs((many**power).mean() - math.factorial(power)) < 5 * deviation
+    steps, state = [], start(9, 1, "cpu")
+    for _ in range(30):
+        steps.append(clocks(state, 20_000)[0])
+        state = advance(state)
+    steps = torch.stack(steps)
+    assert (steps.corrcoef() - torch.eye(30)).abs().max() < 5 / math.sqrt(20_000)
+
+
+def test_a_row_is_the_same_whatever_its_neighbours():
+    model = tiny()
+    options = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.2}
+    together = generate(model, [PROMPTS[0]] * 4, **options).tolist()
+    assert len({tuple(row) for row in together}) == 4
+    for count in (1, 2, 3):
+        assert generate(model, [PROMPTS[0]] * count, **options).tolist() == together[:count]
+    assert generate(model, [PROMPTS[3], PROMPTS[0], PROMPTS[1]], **options)[1].tolist() == together[1]
+
+
+def test_sampling_reads_nothing_on_the_host():
+    """What a CUDA graph can hold: no number is read, no shape depends on data; torch.compile finds one graph in it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        seen = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    options = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}
+    logits, state, seen = torch.randn(3, 50), start(3, 3, "cpu"), torch.rand(3, 50) < 0.3
+    with Watch():
+        wanted = sample(logits, state, seen=seen, **options)
+        advance(state)
+    assert not [name for name in Watch.seen if any(word in name for word in ("local_scalar", "nonzero", "unique", "masked_select"))]
+    graph = torch.compile(sample, backend="eager", fullgraph=True)
+    assert torch.equal(graph(logits, state, seen=seen, **options), wanted)
+
+
+# --- the cache of a caller -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("held", [1, 9, 11, 15, 17])
+def test_cache_that_holds_the_beginning(family, held):
+    """Only what follows is computed, and the ids are those of a new start (across the boundary of longrope too)."""
+    model, prompt, counted = tiny(family), (PROMPTS[3] * 2)[:18], []
+    cache = KVCache(model.config, 1, 40)
+    with torch.no_grad():
+        model(torch.tensor([prompt[:held]]), cache)
+    model.model.embed_tokens.register_forward_hook(lambda _, args, out: counted.append(args[0].shape[1]))
+    got = generate(model, [prompt], max_new_tokens=15, cache=cache)
+    switched = family == "phi3" and held <= 16
+    assert counted[0] == (18 if switched else 18 - held)
+    assert got.tolist() == generate(model, [prompt], max_new_tokens=15).tolist()
+    assert cache.filled == 18 + 14
+
+
+@pytest.mark.parametrize("held", [3, pytest.param(15, marks=pytest.mark.slow)])
+def test_cache_that_holds_the_beginning_on_triton(triton, device, held):
+    model, prompt = tiny().to(device), (PROMPTS[3] * 2)[:18]
+    cache = KVCache(model.config, 1, 40, device=device)
+    with torch.no_grad():
+        model(torch.tensor([prompt[:held]], device=device), cache)
+    got = generate(model, [prompt], max_new_tokens=2, cache=cache).tolist()
+    assert any("decode" in name for name in triton.names)
+    assert got == generate(tiny(), [prompt], max_new_tokens=2).tolist()
+
+
+def test_stream_may_return_anything_else():
+    model = tiny()
+    wanted = generate(model, PROMPTS, max_new_tokens=3).tolist()
+    for said in (5, True, "abc", {}):
+        assert generate(model, PROMPTS, max_new_tokens=3, stream=lambda ids, said=said: said).tolist() == wanted
+
+
+def test_stream_may_end_rows():
+    model, free = tiny(), generate(tiny(), PROMPTS, max_new_tokens=12).tolist()
+    steps = []
+
+    def end(ids):
+        steps.append(ids.tolist())
+        return [len(steps) >= limit for limit in (3, 5, 1, 4)]
+
+    got = generate(model, PROMPTS, max_new_tokens=12, eos=[], stream=end).tolist()
+    assert len(steps) == 5
+    assert got == [row[:n] + [row[n - 1]] * (5 - n) for row, n in zip(free, (3, 5, 1, 4))]
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def full(tokens):
+    cache = KVCache(SIZES, 1, 9)
+    cache.advance(1, tokens)
+    return cache
 
 
 @pytest.mark.parametrize(
@@ -272,6 +398,10 @@ def test_unlucky_draws(monkeypatch):
         ({"min_p": -0.5}, "min_p is -0.5"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0, expected a number above 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"cache": KVCache(SIZES, 1, 6), "use_cache": False}, "cache is given, expected None with use_cache=False"),
+        ({"cache": KVCache(SIZES, 1, 5)}, "cache has 1 rows of 5, expected 1 of at least 6"),
+        ({"cache": KVCache(SIZES, 2, 9)}, "cache has 2 rows of 9, expected 1 of at least 6"),
+        ({"cache": full(2)}, "cache holds 2 tokens, expected fewer than the shortest row, 2"),
         ({"seed": 1.0}, "seed is 1.0"),
         ({"eos": 97}, "eos is 97, expected a token id from 0 to 96"),
         ({"eos": [1, "x"]}, "eos is [1, 'x']"),

@@ -278,14 +278,18 @@ def test_projections_are_not_copied(monkeypatch):
     assert seen[1][0].untyped_storage().data_ptr() == seen[1][1].untyped_storage().data_ptr()
 
 
+SOON = ("qwen3", "phi3-longrope-partial", "smollm3-window")
+ONE_LAYER = {"smollm3-window": {"no_rope_layers": [0]}, "qwen2-layers": {"layer_types": ["sliding_attention"]}}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["qwen3", "phi3-longrope-partial", "smollm3-window"])
+@pytest.mark.parametrize("case", [*SOON, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in SOON)])
 def test_triton(case, device):
-    """The kernels themselves, in the interpreter where there is no GPU."""
+    """The kernels themselves, in the interpreter where there is no GPU: prefill, a few tokens, one token, past the boundaries."""
     from trillama.kernels import use_backend
     from trillama.kernels.dispatch import observe
 
-    ours, theirs = make(case, num_hidden_layers=1, **({"no_rope_layers": [0]} if "smollm3" in case else {}))
+    ours, theirs = make(case, num_hidden_layers=1, **ONE_LAYER.get(case, {}))
     ids, names = prompt(2, 19), set()
     with use_backend("triton"), observe(lambda kernel, *_: names.add(getattr(kernel, "fn", kernel).__name__)):
         ours = ours.to(device)
