@@ -26,12 +26,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def weight_bytes(model):
-    """Bytes of parameters that one decode step reads: all but the input embedding, of which it reads a row (a tied embedding is
+    """Bytes of weights that one decode step reads: all but the input embedding, of which it reads a row (a tied embedding is
     read once, as the head)."""
     table = model.model.embed_tokens.weight
-    tied = model.lm_head.weight.data_ptr() == table.data_ptr()
-    unique = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    return sum(unique.values()) - (0 if tied else table.numel() * table.element_size())
+    unique = {id(p): p.nbytes for p in model.parameters()}
+    unique |= {id(m.weight): m.weight.nbytes for m in model.modules() if getattr(m, "quantized", False)}
+    return sum(unique.values()) - (0 if model.lm_head.weight is table else table.nbytes)
 
 
 def cache_bytes(model, dtype):
@@ -207,12 +207,18 @@ def card(model, source, dtype, device, bandwidth):
     name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     triton = backend() == "triton" or (backend() == "auto" and cuda and why_not_triton(device) is None)
     weights, cache = weight_bytes(model), cache_bytes(model, dtype)
-    parameters = sum(p.numel() for p in {p.data_ptr(): p for p in model.parameters()}.values())
+    head = model.lm_head
+    parameters = sum(p.numel() for p in model.parameters()) + sum(
+        m.weight.shape.numel()
+        for m in model.modules()
+        if getattr(m, "quantized", False) and not (m is head and model.config.tie_word_embeddings)
+    )
     return {
         "model": str(source),
         "parameters": parameters,
         "ranks": model.ranks.size,
         "dtype": str(dtype)[6:],
+        "quantize": f"int{model.model.layers[0].mlp.down_proj.weight.bits}" if head.quantized else None,
         "device": name,
         "path": "Triton" if triton else "reference",
         "torch": torch.__version__,
@@ -226,7 +232,7 @@ def card(model, source, dtype, device, bandwidth):
 def show_card(c):
     shared = f"; this is rank 0 of {c['ranks']}, all-reduces are in no bound" if c["ranks"] > 1 else ""
     lines = (
-        ("model", f"{c['model']}, {c['parameters'] / 1e6:.1f} M parameters, {c['dtype']}"),
+        ("model", f"{c['model']}, {c['parameters'] / 1e6:.1f} M parameters, {c['quantize'] or c['dtype']}"),
         ("machine", f"{c['device']}; {c['path']} path; torch {c['torch']}{shared}"),
         ("weights read per step", f"{c['weight_bytes_per_step'] / 1e6:.1f} MB"),
         ("cache per position", f"{c['cache_bytes_per_position'] / 1e3:.1f} kB"),
@@ -301,6 +307,7 @@ def parser():
     p.add_argument("--new", type=int, default=128, help="tokens to generate in each run")
     p.add_argument("--rounds", type=int, default=3, help="runs of each row")
     p.add_argument("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, the checkpoint's on a GPU")
+    p.add_argument("--quantize", choices=["int8", "int4"], help="weights in 8 or 4 bits")
     p.add_argument("--device", default=None, help="cuda, cuda:1, cpu (default: the GPU if there is one)")
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--against", choices=["hf"], help="alternate with transformers on the same weights")
@@ -321,8 +328,10 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(ranks().device(args.device) or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = Llama.from_pretrained(args.model, device=device, dtype=DTYPES.get(args.dtype), ranks=ranks())
-    dtype = model.lm_head.weight.dtype
+    model = Llama.from_pretrained(
+        args.model, device=device, dtype=DTYPES.get(args.dtype), quantize=args.quantize, ranks=ranks()
+    )
+    dtype = model.model.norm.weight.dtype
     longest = max(args.prompt) + args.new
     if longest > model.config.context_length:
         raise ValueError(f"--prompt and --new add up to {longest}, expected at most {model.config.context_length}")

@@ -284,6 +284,13 @@ def call(op, function, *arguments):
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def unwatched(x):
+    """Whether an op on x is a call of the reference and neither autograd nor torch.compile nor a dispatch mode would see more."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) not in _PLAIN:
+        return False
+    return not uses_triton(x) and not torch._C._len_torch_dispatch_stack()
+
+
 def promoted(*tensors):
     """The tensors (None is passed on) in their widest dtype where autocast is on, which mixes dtypes; else as they are."""
     dtypes = {t.dtype for t in tensors if isinstance(t, torch.Tensor)}

@@ -23,24 +23,18 @@ class QuantizedWeight:
     """A weight [N, K] in 8 or 4 bits; `quantize` makes it, `decode_linear` takes it.
 
     data: int8 [N, K]; or uint8 [N, K / 2], where byte j of a group of G columns holds column j in its low and column j + G / 2 in
-    its high half. scale: [N, 1] or [N, K / G]. minimum: like scale, None in 8 bits.
+    its high half. scale: [N, 1] or [N, K / G]. minimum: like scale, None in 8 bits. bits, shape [N, K] and group G follow from them.
     """
 
     data: torch.Tensor
     scale: torch.Tensor
     minimum: Optional[torch.Tensor] = None
 
-    @property
-    def bits(self):
-        return 8 if self.minimum is None else 4
-
-    @property
-    def shape(self):
-        return torch.Size((self.data.shape[0], self.data.shape[1] * 8 // self.bits))
-
-    @property
-    def group(self):
-        return self.shape[1] // self.scale.shape[1]
+    def __post_init__(self):
+        bits = 8 if self.minimum is None else 4
+        shape = torch.Size((self.data.shape[0], self.data.shape[1] * 8 // bits))
+        for name, value in (("bits", bits), ("shape", shape), ("group", shape[1] // self.scale.shape[1])):
+            object.__setattr__(self, name, value)
 
     @property
     def device(self):

@@ -83,7 +83,8 @@ def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
 
 
 def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=None, interleaved=False):
-    q, k = apply_rope(q, k, cos, sin, positions=positions, interleaved=interleaved)
+    cos, sin = rows_of(cos, sin, positions, q)
+    q, k = rotate(torch.cat((q, k), 1), cos, sin, interleaved).split((q.shape[1], k.shape[1]), 1)  # half the calls
     slot = positions.long().expand(q.shape[0], q.shape[2])
     if q.shape[0] == 1 and block_table is None:
         k_cache.index_copy_(2, slot[0], k)

@@ -78,6 +78,7 @@ def add_model_options(parser):
     add("--model", default="smollm2", metavar="SOURCE", help="a folder, a .gguf file, a hub id or a preset (default: smollm2)")
     add("--backend", choices=BACKENDS, help="default: auto, Triton on a GPU and PyTorch on a CPU")
     add("--dtype", choices=DTYPES, help="of weights and arithmetic (default: chosen for the device)")
+    add("--quantize", choices=("int8", "int4"), help="weights in 8 bits, a scale a row, or 4, a scale and a minimum for 32 columns")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
 
 
@@ -137,7 +138,9 @@ def load_model(options):
     from .presets import locate
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    return Llama.from_pretrained(locate(options.model), device=device(options.device), dtype=dtype, ranks=ranks())
+    return Llama.from_pretrained(
+        locate(options.model), device=device(options.device), dtype=dtype, quantize=options.quantize, ranks=ranks()
+    )
 
 
 def encoded(tokenizer, prompt, chat=False):

@@ -10,26 +10,21 @@ import contextlib
 import torch
 from torch import nn
 
-from ..kernels import (
-    QuantizedWeight,
-    add_rms_norm,
-    apply_rope,
-    cpu,
-    decode_attention,
-    decode_linear,
-    flash_attention,
-    quantize,
-    rms_norm,
-    rope_append_,
-    rope_tables,
-    swiglu,
-)
+from .. import kernels
+from ..kernels import QuantizedWeight, add_rms_norm, apply_rope, cpu, flash_attention, quantize, rms_norm, rope_tables, swiglu
+from ..kernels.dispatch import unwatched
 from ..kernels.frequencies import same_frequencies
 from .config import Config
 from .parallel import ALONE
 
 FEW_ROWS = 8  # tokens in a call up to which `decode_linear` has one pass over the weight for all of them
 BITS = {"int8": 8, "int4": 4}
+
+
+def ops(x):
+    """Where the ops of a step with a cache are. If PyTorch alone computes them and nobody watches, they are called without their
+    checks: a step on a CPU is hundreds of calls, and their shapes are this file's own."""
+    return kernels.reference if unwatched(x) else kernels
 
 
 class Llama(nn.Module):
@@ -225,6 +220,7 @@ class Block(nn.Module):
     def decode(self, x, rope, positions, cache):
         """The same for a few tokens, whose time is that of reading the weights: six launches, norms and sums in the products."""
         before, attention, after, mlp = self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp
+        decode_linear = ops(x).decode_linear
         qkv = decode_linear(x, attention.qkv_proj.weight, bias=attention.qkv_proj.bias, norm=before.weight, eps=before.eps)
         out = attention(qkv, rope, positions, cache)
         x = self.add(x, out, attention.o_proj)
@@ -236,7 +232,7 @@ class Block(nn.Module):
     def add(self, residual, x, linear):
         """residual + linear(x), the sum of all ranks' products."""
         residual = residual if self.ranks.rank == 0 else None
-        return self.ranks.sum(decode_linear(x, linear.weight, bias=linear.bias, residual=residual))
+        return self.ranks.sum(ops(x).decode_linear(x, linear.weight, bias=linear.bias, residual=residual))
 
 
 class Attention(nn.Module):
@@ -264,11 +260,11 @@ class Attention(nn.Module):
             out = flash_attention(q, k, v, window=self.window)
         else:
             keys, values = cache.k[self.layer], cache.v[self.layer]
-            q = rope_append_(q, k, v, cos, sin, keys, values, positions, interleaved=self.interleaved)
+            q = ops(q).rope_append_(q, k, v, cos, sin, keys, values, positions, interleaved=self.interleaved)
             if cache.filled == S:  # these are the first tokens
                 out = flash_attention(q, keys[:, :, :S], values[:, :, :S], window=self.window)
             else:
-                out = decode_attention(q, keys, values, cache.lengths, window=self.window)
+                out = ops(q).decode_attention(q, keys, values, cache.lengths, window=self.window)
         return out.transpose(1, 2).reshape(B, S, -1)
 
 
@@ -299,7 +295,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         if self.quantized or (not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_ROWS):
-            return decode_linear(x, self.weight, bias=self.bias)
+            return ops(x).decode_linear(x, self.weight, bias=self.bias)
         return super().forward(x)
 
     def _apply(self, function, recurse=True):
