@@ -23,7 +23,7 @@ class QuantizedWeight:
     """A weight [N, K] in 8 or 4 bits; `quantize` makes it, `decode_linear` takes it.
 
     data: int8 [N, K]; or uint8 [N, K / 2], where byte j of a group of G columns holds column j in its low and column j + G / 2 in
-    its high half. scale: [N, 1] or [N, K / G]. minimum: like scale, None in 8 bits. bits, shape [N, K] and group G follow from them.
+    its high half. scale: [N, 1] or [N, K / G]. minimum: like scale, None in 8 bits. Of these follow bits, shape [N, K], group.
     """
 
     data: torch.Tensor
