@@ -2,8 +2,8 @@
 
 import importlib
 
-_HOMES = {"KVCache": ".llama", "Llama": ".llama", "Tokenizer": ".tokenizer", "generate": ".generation"}
-__all__ = ["KVCache", "Llama", "Tokenizer", "generate"]
+_HOMES = {"KVCache": ".llama", "Llama": ".llama", "Tokenizer": ".tokenizer", "generate": ".generation", "warmup": ".generation"}
+__all__ = ["KVCache", "Llama", "Tokenizer", "generate", "warmup"]
 
 
 def __getattr__(name):

@@ -1,9 +1,12 @@
 """From ids to ids: prompts of unequal length in one batch, greedy or sampled, one id of every row at a time."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 
+from ..kernels.decode import counters
+from ..kernels.dispatch import observe
 from ..kernels.frequencies import same_frequencies
 from .llama import KVCache
 
@@ -56,69 +59,146 @@ def generate(
         if cache is None and use_cache:
             weight = model.model.embed_tokens.weight
             cache = KVCache(config, len(rows), longest + max_new_tokens, weight.dtype, weight.device)
-        greedy = temperature < 1e-5 and penalty is None
-        step = _Step(model, prompt, lengths, cache, model.likeliest if greedy else model.head)
-        state = start(torch.randint(2**63 - 1, ()).item() if seed is None else seed, len(rows), device)
-        seen = None
-        if penalty is not None:
-            seen = torch.zeros(len(rows), config.vocab_size, dtype=torch.bool, device=device).scatter_(1, prompt, True)
-        new, ended, finished = [], torch.zeros(len(rows), dtype=torch.bool, device=device), None
-        while len(new) < max_new_tokens:
-            if finished is not None and not finished.late and finished.read():
-                break
-            logits = step(new)  # or already ids
-            if finished is not None and finished.late and finished.read():
-                break
-            if greedy:
-                ids = logits
-            else:
-                options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-                ids = model.ranks.same(sample(logits, state, repetition_penalty=penalty, seen=seen, **options))
-                state = advance(state)
-            if seen is not None:
-                seen.scatter_(1, ids[:, None], True)
-            ids = torch.where(ended, new[-1], ids) if new else ids
-            new.append(ids)
-            stops = None if stream is None else stream(ids)
-            may_end = len(ends) > 0
-            if may_end:
-                ended |= (ids[:, None] == ends).any(-1)
-            if isinstance(stops, list) and any(stops):
-                ended |= torch.tensor(stops, device=device)
-                may_end = True
-            if may_end:
-                finished = _Flag(ended.all())
+            own = True
+        else:
+            own = False  # what the caller's cache holds of a row that has ended is the caller's
+        seed = torch.randint(2**63 - 1, ()).item() if seed is None else seed
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": penalty}
+        first = Prefill(model, prompt, lengths, cache)
+        step = Step(model, cache, prompt, start(seed, len(rows), device), ends, options, own)
+        new, finished, may_end = [], None, len(ends) > 0
+        with counters(device) if device.type == "cuda" else nullcontext():
+            while len(new) < max_new_tokens:
+                if finished is not None and not finished.late and finished.read():
+                    break
+                width = longest + len(new)
+                # Where longrope goes over to its long factors, all keys change: the cache begins anew, as in transformers.
+                if cache is None or not new or same_frequencies(config.rope_parameters, width) == (width, math.inf):
+                    step.choose(first(new))
+                else:
+                    step(width)
+                if finished is not None and finished.late and finished.read():
+                    break
+                new.append(step.ids.clone())
+                stops = None if stream is None else stream(new[-1])
+                if isinstance(stops, list) and any(stops):
+                    step.end(stops)
+                    may_end = True
+                if may_end:
+                    finished = _Flag(step.finished)
         return torch.stack(new, 1) if new else prompt[:, :0]
 
 
-class _Step:
-    """What `head` makes of the hidden states [B, N] after the prompts and the new ids, with a cache or without (None)."""
+class Prefill:
+    """The hidden states [B, N] after the prompts and the new ids so far, of all of them anew; with a cache or without (None)."""
 
-    def __init__(self, model, prompt, lengths, cache, head):
-        self.model, self.head, self.prompt, self.lengths, self.cache = model, head, prompt, lengths, cache
+    def __init__(self, model, prompt, lengths, cache):
+        self.model, self.prompt, self.lengths, self.cache = model, prompt, lengths, cache
         self.rows = torch.arange(len(prompt), device=prompt.device)
 
     def __call__(self, new):
         """new: the ids so far, [B] each."""
-        width = self.prompt.shape[1] + len(new)
-        # Where longrope goes over to its long factors, all keys change: the cache begins anew, as in transformers.
-        switched = same_frequencies(self.model.config.rope_parameters, width) == (width, math.inf)
-        if self.cache is not None and new and not switched:
-            return self.head(self.model.hidden_states(new[-1][:, None], self.cache)[:, -1])
         ids, lengths, begin = self.prompt, self.lengths + len(new), 0
         if new:  # each row's go to where its prompt ends; behind them padding is left
             new = torch.stack(new, 1)
             places = self.lengths[:, None] + torch.arange(new.shape[1], device=ids.device)
             ids = torch.cat((ids, new), 1).scatter_(1, places, new)
         elif self.cache is not None and self.cache.filled:
-            before, now = (same_frequencies(self.model.config.rope_parameters, n)[0] for n in (self.cache.filled, width))
+            frequencies = self.model.config.rope_parameters
+            before, now = (same_frequencies(frequencies, n)[0] for n in (self.cache.filled, ids.shape[1]))
             begin = self.cache.filled if before == now else 0
         if self.cache is not None and not begin:
             self.cache.reset()
         hidden = self.model.hidden_states(ids[:, begin:], self.cache)[self.rows, lengths - 1 - begin]
         if self.cache is not None:
             self.cache.lengths.copy_(lengths)  # what the padding wrote lies behind the ends and is overwritten
-        return self.head(hidden)
+        return hidden
+
+
+class Step:
+    """One id of every row as one unit: embedding, layers, head, sampling and what has ended, on tensors that stay where they are
+    and are read by no host. On a GPU the second step is captured as a CUDA graph, which the later ones replay: the first has
+    compiled what it launches. On a CPU, and where several ranks share a model, every step runs as it is.
+
+    ids: int64 [B], the last of each row. ended: bool [B]; such a row repeats its id. finished: bool [], whether all have ended.
+    """
+
+    def __init__(self, model, cache, prompt, state, ends, options, own):
+        rows, device = len(prompt), prompt.device
+        self.model, self.cache, self.state, self.ends, self.options = model, cache, state, ends, options
+        self.shortens = own and cache is not None
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.finished = torch.zeros((), dtype=torch.bool, device=device)
+        self.seen, self.greedy = None, options["temperature"] < 1e-5 and options["repetition_penalty"] is None
+        if options["repetition_penalty"] is not None:
+            self.seen = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=device).scatter_(1, prompt, True)
+        self.graphs = device.type == "cuda" and model.ranks.size == 1
+        self.replay, self.span, self.steps = None, (0, 0), 0
+
+    def __call__(self, width):
+        """width: of the longest row with this id's predecessor; decides on the rotary tables, which a graph holds on to."""
+        first, last = same_frequencies(self.model.config.rope_parameters, width)
+        if not self.graphs or first == last:  # dynamic scaling has frequencies of its own for every width
+            return self.work()
+        if self.span != (first, last):
+            self.replay, self.span, self.steps = None, (first, last), 0
+        self.steps += 1
+        if self.steps == 1:
+            self.work()
+        elif self.replay is None:
+            self.replay = capture(self.work)
+            self.replay()
+        else:
+            self.cache.reserve(1)
+            self.replay()
+
+    def work(self):
+        self.choose(self.model.hidden_states(self.ids[:, None], self.cache)[:, -1])
+
+    def choose(self, hidden):
+        """The id that follows each of the hidden states [B, N]."""
+        if self.greedy:
+            ids = self.model.likeliest(hidden)
+        else:
+            ids = self.model.ranks.same(sample(self.model.head(hidden), self.state, seen=self.seen, **self.options))
+            self.state.copy_(advance(self.state))
+        self.ids.copy_(torch.where(self.ended, self.ids, ids))
+        if self.seen is not None:
+            self.seen.scatter_(1, self.ids[:, None], True)
+        self.end((self.ids[:, None] == self.ends).any(-1))
+
+    def end(self, rows):
+        """The rows (bools) end here. They cost nothing from now on: their caches are as if empty."""
+        self.ended |= torch.as_tensor(rows, device=self.ended.device)
+        self.finished.copy_(self.ended.all())
+        if self.shortens:
+            self.cache.lengths.masked_fill_(self.ended, 0)
+
+
+def capture(work):
+    """A function that repeats what `work` launches on the GPU, and nothing that it does on the host."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def warmup(model, *, batch=1, prompt=16, max_length=None):
+    """Compiles and captures nothing of a later `generate` but what belongs to other shapes: runs one with `batch` rows of `prompt`
+    tokens and a cache of max_length (the model's positions, at most 2048). Returns {kernel: how many variants were compiled}."""
+    compiled = {}
+
+    def note(kernel, *_):
+        compiled.setdefault(kernel, sum(len(caches[0]) for caches in getattr(kernel, "device_caches", {}).values()))
+
+    length = min(model.config.context_length, max_length or 2048)
+    weight = model.model.embed_tokens.weight
+    cache = KVCache(model.config, batch, length, weight.dtype, weight.device)
+    with observe(note):
+        generate(model, [[0] * prompt] * batch, max_new_tokens=min(4, length - prompt), eos=[], cache=cache)
+    now = {kernel: sum(len(caches[0]) for caches in getattr(kernel, "device_caches", {}).values()) for kernel in compiled}
+    return {kernel.__name__.strip("_"): now[kernel] - before for kernel, before in compiled.items()}
 
 
 # --- sampling: functions of tensors alone, of fixed shapes and read by no host, so that a CUDA graph can hold them -----------

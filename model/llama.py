@@ -152,13 +152,17 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.batch, self.max_length, self.filled = batch, max_length, 0
 
+    def reserve(self, tokens):
+        """The host's part of `advance`: counts the tokens, or says that there is no room for them."""
+        if self.filled + tokens > self.max_length:
+            raise ValueError(f"input_ids has {tokens} tokens after {self.filled}, but the cache ends at {self.max_length}")
+        self.filled += tokens
+
     def advance(self, batch, tokens):
         """Makes room for so many tokens in every row; returns their positions [B, S], on the device."""
         if batch != self.batch:
             raise ValueError(f"input_ids has {batch} rows, expected {self.batch} as the cache")
-        if self.filled + tokens > self.max_length:
-            raise ValueError(f"input_ids has {tokens} tokens after {self.filled}, but the cache ends at {self.max_length}")
-        self.filled += tokens
+        self.reserve(tokens)
         self.lengths += tokens
         if tokens == 1:
             return (self.lengths - 1)[:, None]

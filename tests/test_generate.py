@@ -406,7 +406,7 @@ def full(tokens):
         ({"eos": 97}, "eos is 97, expected a token id from 0 to 96"),
         ({"eos": [1, "x"]}, "eos is [1, 'x']"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_errors(options, message):
     with pytest.raises(ValueError) as error:

@@ -127,14 +127,15 @@ def failing(argv, rank):
     from trillama.model import generation
 
     if os.environ["RANK"] == str(rank):
-        sample = generation._Step.__call__
+        work, steps = generation.Step.work, []
 
-        def step(self, new):
-            if len(new) == 5:
+        def step(self):
+            steps.append(1)
+            if len(steps) == 5:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB\nand more lines")
-            return sample(self, new)
+            work(self)
 
-        generation._Step.__call__ = step
+        generation.Step.work = step
     command(argv)
 
 
