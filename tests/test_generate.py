@@ -124,7 +124,7 @@ def test_late_flag(monkeypatch):
 
     class Late(flags._Flag):
         def __init__(self, flag):
-            self.late, self.value, self.arrived = True, flag, types.SimpleNamespace(synchronize=lambda: None)
+            self.late, self.value, self.arrived = True, flag.clone(), types.SimpleNamespace(synchronize=lambda: None)
 
     monkeypatch.setattr(flags, "_Flag", Late)
     assert generate(model, PROMPTS, max_new_tokens=20, eos=eos, stream=steps.append).tolist() == wanted
