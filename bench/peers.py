@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import kernels
+from ..kernels import QuantizedWeight
 from .cases import OPS
 
 # --- plain PyTorch, as transformers writes it ----------------------------------------------------------------------------
@@ -67,6 +68,7 @@ class eager:
 
     @staticmethod
     def decode_linear(x, weight, norm=None, residual=None, activation=None):
+        weight = weight.dequantize(x.dtype) if isinstance(weight, QuantizedWeight) else weight
         y = F.linear(x if norm is None else eager.rms_norm(x, norm), weight)
         if activation:
             y = eager.swiglu(*y.chunk(2, -1))

@@ -194,6 +194,7 @@ def step(config, batch, tokens, context, dtype=torch.bfloat16):
     Returns a list of `Line`s, one a kind of operation. The model's own code runs, on tensors without memory: launches of our
     kernels are noted, not made; bytes and FLOP are the least that each operation needs.
     """
+    from .. import kernels
     from .. import model as package
     from ..kernels import use_backend
     from ..kernels.dispatch import INTERPRETED, observe
@@ -224,8 +225,8 @@ def step(config, batch, tokens, context, dtype=torch.bfloat16):
 
         return call
 
-    source = sys.modules[package.__name__ + ".llama"]
-    ours = {name: getattr(source, name) for name in OPS if hasattr(source, name)}
+    places = kernels, sys.modules[package.__name__ + ".llama"]
+    ours = [(place, name, getattr(place, name)) for place in places for name in OPS if hasattr(place, name)]
     with torch.device("meta"):
         llama = Llama(config).to(dtype).eval()
         cache = KVCache(config, batch, context, dtype, "meta")
@@ -234,15 +235,15 @@ def step(config, batch, tokens, context, dtype=torch.bfloat16):
         cache.advance(batch, context - tokens)
     target = contextlib.nullcontext() if INTERPRETED else compiling_for("sm_80")  # asked for its number only
     try:
-        for name, function in ours.items():
-            setattr(source, name, counted(name, function))
+        for place, name, function in ours:
+            setattr(place, name, counted(name, function))
         with target, use_backend("triton"), observe(lambda *launch: made.append(launch) or True), torch.inference_mode():
             llama.rope(context, context, torch.device("meta"))  # the tables are made once, not in a step
             with _Library(note):
                 llama.head(llama.hidden_states(ids, cache)[:, -1:])
     finally:
-        for name, function in ours.items():
-            setattr(source, name, function)
+        for place, name, function in ours:
+            setattr(place, name, function)
     return list(lines.values())
 
 

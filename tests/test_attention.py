@@ -44,7 +44,11 @@ def verify(device, q, k, v, fp32=1e-6, **options):
     same()
     exact, exact_lse = exactly(q, k, v, **options)
     oracle.check(out, exact, reference.flash_attention(q, k, v, **options), fp32)
-    oracle.check(lse, exact_lse)
+    seen = exact_lse > -math.inf
+    assert torch.equal(lse.cpu() > -math.inf, seen)
+    # A sum of products may come near zero and keep the error of its terms.
+    wrong = (lse.double().cpu() - exact_lse)[seen].norm() / exact_lse[seen].abs().clamp(min=1).norm()
+    assert not wrong > 1e-6
     return out, lse
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from trillama.bench.cases import DTYPES, OPS, available, case
 from trillama.bench.peers import ENGINES, why_not
-from trillama.kernels import use_backend
+from trillama.kernels import QuantizedWeight, use_backend
 
 pytestmark = pytest.mark.host
 PEERS = [name for name in ENGINES if name not in ("trillama", "compile")]  # what is compiled is eager
@@ -58,7 +58,7 @@ def test_least_bytes_are_those_of_the_arguments(op):
     with use_backend("reference"):
         outputs = c.prepare(inputs)()
     tensors = [*inputs.values(), *(outputs if isinstance(outputs, tuple) else (outputs,))]
-    total = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+    total = sum(t.nbytes for t in tensors if isinstance(t, (torch.Tensor, QuantizedWeight)))
     if op == "rope_append_":  # the tables' rows of the tokens, the caches' new rows
         total -= sum(inputs[n].numel() * inputs[n].element_size() for n in ("cos", "sin", "k_cache", "v_cache"))
         total += 2 * 3 * 32 * 4 + inputs["k"].numel() * 2 * 2

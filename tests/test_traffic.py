@@ -125,7 +125,8 @@ def test_a_decode_step_reads_every_weight_once():
 def test_a_prefill_step_computes_the_head_for_one_token_only():
     lines = {line.name: line for line in traffic.step(TINY.config(), batch=2, tokens=32, context=32)}
     layer = 64 * (4 + 2 * 2) * 16 + 64 * 64 + 3 * 64 * 96
-    assert lines["linear"].flops == 2 * (2 * 32 * 3 * layer + 2 * 64 * 50)
+    assert lines["linear"].flops == 2 * 2 * 32 * 3 * layer
+    assert lines["decode_linear"].flops == 2 * 2 * 64 * 50
     assert lines["flash_attention"].flops == 3 * 4 * 2 * 4 * 16 * (32 * 33 // 2)
 
 

@@ -127,15 +127,15 @@ def failing(argv, rank):
     from trillama.model import generation
 
     if os.environ["RANK"] == str(rank):
-        work, steps = generation.Step.work, []
+        choose, steps = generation.Step.choose, []
 
-        def step(self):
+        def failing_choice(self, hidden):
             steps.append(1)
             if len(steps) == 5:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB\nand more lines")
-            work(self)
+            choose(self, hidden)
 
-        generation.Step.work = step
+        generation.Step.choose = failing_choice
     command(argv)
 
 
