@@ -56,12 +56,10 @@ def generate(
         # Padded on the right, where causal attention never looks, with the row's own first id, which adds nothing to its set.
         prompt = torch.tensor([row + row[:1] * (longest - len(row)) for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
-        if cache is None and use_cache:
+        own = cache is None and use_cache  # what a caller's cache holds of a row that has ended is the caller's
+        if own:
             weight = model.model.embed_tokens.weight
             cache = KVCache(config, len(rows), longest + max_new_tokens, weight.dtype, weight.device)
-            own = True
-        else:
-            own = False  # what the caller's cache holds of a row that has ended is the caller's
         seed = torch.randint(2**63 - 1, ()).item() if seed is None else seed
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": penalty}
         first = Prefill(model, prompt, lengths, cache)
@@ -126,7 +124,7 @@ class Step:
     def __init__(self, model, cache, prompt, state, ends, options, own):
         rows, device = len(prompt), prompt.device
         self.model, self.cache, self.state, self.ends, self.options = model, cache, state, ends, options
-        self.shortens = own and cache is not None
+        self.shortens = own
         self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.finished = torch.zeros((), dtype=torch.bool, device=device)
@@ -134,7 +132,7 @@ class Step:
         if options["repetition_penalty"] is not None:
             self.seen = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=device).scatter_(1, prompt, True)
         self.graphs = device.type == "cuda" and model.ranks.size == 1
-        self.replay, self.span, self.steps = None, (0, 0), 0
+        self.replay, self.span = None, None
 
     def __call__(self, width):
         """width: of the longest row with this id's predecessor; decides on the rotary tables, which a graph holds on to."""
@@ -142,9 +140,7 @@ class Step:
         if not self.graphs or first == last:  # dynamic scaling has frequencies of its own for every width
             return self.work()
         if self.span != (first, last):
-            self.replay, self.span, self.steps = None, (first, last), 0
-        self.steps += 1
-        if self.steps == 1:
+            self.replay, self.span = None, (first, last)
             self.work()
         elif self.replay is None:
             self.replay = capture(self.work)
@@ -185,20 +181,22 @@ def capture(work):
 
 
 def warmup(model, *, batch=1, prompt=16, max_length=None):
-    """Compiles and captures nothing of a later `generate` but what belongs to other shapes: runs one with `batch` rows of `prompt`
-    tokens and a cache of max_length (the model's positions, at most 2048). Returns {kernel: how many variants were compiled}."""
-    compiled = {}
+    """Compiles what a later `generate` with `batch` rows and a cache of max_length (default: the model's positions, at most 2048)
+    launches, by running one with `prompt` tokens. Returns {kernel: how many variants were compiled}."""
+    before = {}
+
+    def variants(kernel):
+        return sum(len(caches[0]) for caches in getattr(kernel, "device_caches", {}).values())
 
     def note(kernel, *_):
-        compiled.setdefault(kernel, sum(len(caches[0]) for caches in getattr(kernel, "device_caches", {}).values()))
+        before.setdefault(kernel, variants(kernel))
 
     length = min(model.config.context_length, max_length or 2048)
     weight = model.model.embed_tokens.weight
     cache = KVCache(model.config, batch, length, weight.dtype, weight.device)
     with observe(note):
         generate(model, [[0] * prompt] * batch, max_new_tokens=min(4, length - prompt), eos=[], cache=cache)
-    now = {kernel: sum(len(caches[0]) for caches in getattr(kernel, "device_caches", {}).values()) for kernel in compiled}
-    return {kernel.__name__.strip("_"): now[kernel] - before for kernel, before in compiled.items()}
+    return {kernel.__name__.strip("_"): variants(kernel) - count for kernel, count in before.items()}
 
 
 # --- sampling: functions of tensors alone, of fixed shapes and read by no host, so that a CUDA graph can hold them -----------
