@@ -35,6 +35,8 @@ setup(
         "torch>=2.6",
         # Only where Triton has wheels: everywhere else the reference path runs without it.
         "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        # Compiles the decode step for CPUs; without it that runs in PyTorch alone.
+        "numba>=0.61; platform_python_implementation == 'CPython'",
         "numpy>=1.26",
         "safetensors>=0.4.5",
         "tokenizers>=0.20",

@@ -10,7 +10,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import cpu
 from .frequencies import rope_tables
 
 __all__ = [
@@ -238,7 +237,7 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
 
 def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=None, bias=None):
     x = x if norm is None else rms_norm(x, norm, eps)
-    y = cpu.linear(x, weight, bias) if isinstance(weight, torch.Tensor) else weight.linear(x, bias)
+    y = F.linear(x, weight, bias) if isinstance(weight, torch.Tensor) else weight.linear(x, bias)
     if activation == "swiglu":
         y = swiglu(*y.chunk(2, -1))
     return y if residual is None else y + residual

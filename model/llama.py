@@ -6,13 +6,15 @@ S tokens in this call, T tokens a cache can hold, Hq query heads, Hk key/value h
 """
 
 import contextlib
+import functools
+import importlib
 
 import torch
 from torch import nn
 
 from .. import kernels
-from ..kernels import QuantizedWeight, add_rms_norm, apply_rope, cpu, flash_attention, quantize, rms_norm, rope_tables, swiglu
-from ..kernels.dispatch import unwatched
+from ..kernels import QuantizedWeight, add_rms_norm, apply_rope, flash_attention, quantize, rms_norm, rope_tables, swiglu
+from ..kernels.dispatch import backend, unwatched
 from ..kernels.frequencies import same_frequencies
 from .config import Config
 from .parallel import ALONE
@@ -25,6 +27,19 @@ def ops(x):
     """Where the ops of a step with a cache are. If PyTorch alone computes them and nobody watches, they are called without their
     checks: a step on a CPU is hundreds of calls, and their shapes are this file's own."""
     return kernels.reference if unwatched(x) else kernels
+
+
+def compiled(x):
+    """`kernels.cpu`, where it stands for the reference: on a CPU with Numba, unless the reference is asked for by name."""
+    return _cpu() if x.device.type == "cpu" and backend() == "auto" and unwatched(x) else None
+
+
+@functools.cache
+def _cpu():
+    try:
+        return importlib.import_module("..kernels.cpu", __package__)
+    except ImportError:  # Numba is not installed, or does not fit the rest
+        return None
 
 
 class Llama(nn.Module):
@@ -85,8 +100,6 @@ class Llama(nn.Module):
             dtype = dtype or checkpoint.dtype("model.embed_tokens.weight")
             _load(model, checkpoint, device, dtype, BITS.get(quantize))
         ranks.wait()
-        if device.type == "cpu":
-            cpu.choose([m.weight.detach() for m in model.modules() if isinstance(m, Linear) and not m.quantized])
         if ranks is not ALONE:
             model.requires_grad_(False)
         return model.eval()
@@ -126,6 +139,10 @@ class Llama(nn.Module):
                 positions = cache.advance(B, S)
             rope = self.rope(length, length if cache is None else cache.max_length, input_ids.device)
             x, residual = self.ranks.embed(self.model.embed_tokens, input_ids, self.config.vocab_size), None
+            if cache is not None and B * S <= FEW_ROWS and self.ranks.size == 1 and compiled(x):
+                through = compiled(x).decode_layers(x, self.model.layers, rope, positions, cache)
+                if through is not None:
+                    return self.model.norm(through)[0]
             for block in self.model.layers:
                 x, residual = block(x, residual, rope, positions, cache)
             return self.model.norm(x, residual)[0]
@@ -299,7 +316,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         if self.quantized or (not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_ROWS):
-            return ops(x).decode_linear(x, self.weight, bias=self.bias)
+            return (compiled(x) or ops(x)).decode_linear(x, self.weight, bias=self.bias)
         return super().forward(x)
 
     def _apply(self, function, recurse=True):

@@ -1,12 +1,9 @@
-"""decode_linear against the formula in float64: sizes, what is fused with it, views, bits, launches, quantised weights, errors;
-and the formulations that it has on a CPU."""
-
-import time
+"""decode_linear against the formula in float64: sizes, what is fused with it, views, bits, launches, quantised weights, errors."""
 
 import oracle
 import pytest
 import torch
-from trillama.kernels import cpu, decode_linear, reference, use_backend
+from trillama.kernels import decode_linear, reference, use_backend
 from trillama.kernels.dispatch import INTERPRETED, observe
 from trillama.kernels.quantized import QuantizedWeight, quantize
 
@@ -260,47 +257,6 @@ def test_quantize_errors(change, message):
 
 
 # --- on the CPU ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.host
-@pytest.mark.parametrize("shape", [(48, 64), (33, 100), (1, 8), (16, 1)], ids=str)
-def test_every_formulation_is_the_product(shape):
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.randn(shape).to(dtype)
-        x = torch.randn(1, 1, shape[1]).to(dtype)
-        exact = x.double() @ weight.double().T
-        made = {name: product(x, weight) for name, product in cpu.formulations(weight).items()}
-        assert len(made) == (6 if shape[0] % 8 == 0 else 2)
-        for y in made.values():
-            oracle.check(y.view(1, 1, -1), exact, torch.nn.functional.linear(x, weight))
-
-
-@pytest.mark.host
-def test_the_choice_is_measured_once_and_right(monkeypatch):
-    monkeypatch.setattr(cpu, "_chosen", {})
-    weights, bias = [torch.randn(32, 48) for _ in range(3)], torch.randn(32)
-    assert cpu.choose([*weights, torch.randn(5, 7)]).keys() == {(32, 48), (5, 7)}
-    monkeypatch.setattr(cpu, "_fastest", lambda weights: pytest.fail("measured twice"))
-    cpu.choose(weights[:1])
-    for name, product in cpu.formulations(weights[0]).items():
-        cpu._chosen[cpu._key(weights[0])] = name, product
-        for weight in (*weights, weights[0][:, ::2], weights[0].repeat(1, 2)[:, :48]):
-            for rows in ((1,), (1, 1), (5,), ()):
-                x = torch.randn(*rows, weight.shape[1])
-                for b in (None, bias):
-                    exact = x.double() @ weight.double().T + (0 if b is None else b.double())
-                    oracle.check(cpu.linear(x, weight, b), exact)
-    assert cpu.choose([]) == {}
-
-
-@pytest.mark.host
-def test_a_clearly_faster_formulation_is_taken(monkeypatch):
-    monkeypatch.setattr(cpu, "_chosen", {})
-    slow = {"linear": lambda x, w: time.sleep(0.01), "other": lambda x, w: None}
-    monkeypatch.setattr(cpu, "formulations", lambda weight: slow)
-    assert cpu.choose([torch.randn(4, 4)]) == {(4, 4): "other"}
-    monkeypatch.setattr(cpu, "formulations", lambda weight: dict(reversed(slow.items())) | {"linear": slow["other"]})
-    assert cpu.choose([torch.randn(4, 8)]) == {(4, 8): "linear"}
 
 
 @pytest.mark.host

@@ -1,0 +1,234 @@
+"""The decode step compiled for a CPU, against transformers, the reference and float64."""
+
+import contextlib
+import os
+
+import oracle
+import pytest
+import torch
+from trillama.kernels import quantize, reference, rms_norm, use_backend
+from trillama.model import KVCache, generate
+
+cpu = pytest.importorskip("trillama.kernels.cpu", reason="Numba is not installed")
+test_model = pytest.importorskip("test_model", reason="transformers is not installed")
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Small models are worth compiling for here. PyTorch's path for the CPU: what environments say of backends does not count."""
+    monkeypatch.setattr(cpu, "WORTH", 0)
+    with use_backend("auto"):
+        yield
+
+
+@contextlib.contextmanager
+def counted(monkeypatch):
+    """The calls of `decode_layers`: True for those that it took."""
+    taken, whole = [], cpu.decode_layers
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "decode_layers", lambda *a: taken.append(whole(*a)) or taken[-1])
+        yield taken
+
+
+# --- the layers ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", test_model.CASES)
+def test_families(case, monkeypatch):
+    """Prefill of 5, then steps of one and of three tokens, across the window's and the scaling's boundaries."""
+    ours, theirs = test_model.make(case)
+    ids = test_model.prompt(tokens=25)
+    memory = test_model.transformers.DynamicCache(config=theirs.config)
+    cache = KVCache(ours.config, 2, 25)
+    with counted(monkeypatch) as taken:
+        for chunk in ids.split([5] + [1] * 14 + [3, 3], 1):
+            assert oracle.error(ours(chunk, cache), theirs(chunk, past_key_values=memory).logits) < test_model.TOLERANCE
+    assert len(taken) == 16
+    assert all(x is not None for x in taken)
+
+
+@torch.no_grad()
+def test_interleaved_pairs(monkeypatch):
+    """Pairs of neighbours, as in Meta's checkpoints, against the reference."""
+    ours, _ = test_model.make("llama-bias")
+    for block in ours.model.layers:
+        block.self_attn.interleaved = True
+    ids, logits = test_model.prompt(tokens=12), {}
+    for name in ("auto", "reference"):
+        cache = KVCache(ours.config, 2, 12)
+        with use_backend(name):
+            logits[name] = torch.cat([ours(chunk, cache) for chunk in ids.split([4] + [1] * 8, 1)], 1)
+    assert oracle.error(logits["auto"], logits["reference"]) < test_model.TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_low_precision(bits, monkeypatch):
+    """A step in bfloat16, with quantised weights too, is as near to float32 as the reference's."""
+    ours, _ = test_model.make("qwen3", hidden_size=128, intermediate_size=160)
+    ours = ours.bfloat16()
+    ids = test_model.prompt(3, 30)
+    exact = test_model.Llama(ours.config)
+    exact.load_state_dict({name: t.float() for name, t in ours.state_dict().items()})
+    if bits:
+        for mine, theirs in zip(ours.modules(), exact.modules()):
+            if isinstance(mine, type(ours.lm_head)) and mine is not ours.lm_head:
+                mine.quantize_(bits)
+                theirs.weight.copy_(mine.weight.dequantize())
+    expected, found = exact.eval()(ids)[:, 20:], {}
+    for name in ("auto", "reference"):
+        cache = KVCache(ours.config, 3, 30, torch.bfloat16)
+        with use_backend(name), counted(monkeypatch) as taken:
+            ours(ids[:, :20], cache)
+            found[name] = torch.cat([ours(ids[:, t : t + 1], cache) for t in range(20, 30)], 1)
+        assert sum(x is not None for x in taken) == (10 if name == "auto" else 0)
+    assert oracle.error(found["auto"], expected) < 1.5 * oracle.error(found["reference"], expected) < 0.1
+
+
+@torch.no_grad()
+def test_rows_do_not_see_their_neighbours():
+    """The same bits alone, among 3 and among 8 rows of other lengths, on one thread and on all; ended rows of length 0 included."""
+    ours, _ = test_model.make("qwen2-window")
+    lengths = [150, 4, 1, 130, 20, 129, 128, 0]
+    ids, last = test_model.prompt(8, 160), test_model.prompt(8, 1)
+    threads = torch.get_num_threads()
+
+    def step(rows):
+        cache = KVCache(ours.config, len(rows), 170)
+        with use_backend("reference"):
+            for n, row in enumerate(rows):  # alone, so that the caches do not depend on the batch either
+                one = KVCache(ours.config, 1, 170)
+                ours(ids[row : row + 1], one)
+                for whole, part in zip(cache.k + cache.v, one.k + one.v):
+                    whole[n] = part[0]
+        cache.lengths.copy_(torch.tensor([lengths[row] for row in rows]))
+        cache.filled = 160
+        return ours(last[rows], cache)
+
+    whole = step(list(range(8)))
+    assert whole.isfinite().all()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            assert torch.equal(step([2, 0, 7]), whole[[2, 0, 7]])
+            for row in range(8):
+                assert torch.equal(step([row]), whole[row : row + 1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def test_what_it_leaves_to_the_blocks(monkeypatch):
+    ours, _ = test_model.make("llama")
+    ids = test_model.prompt(1, 6)
+
+    def taken(model=ours, dtype=torch.float32, backend="auto", tokens=1):
+        cache = KVCache(model.config, 1, 20, dtype)
+        with counted(monkeypatch) as calls, use_backend(backend):
+            model(ids[:, :2], cache)
+            cache.lengths.fill_(2)
+            model(ids[:, :tokens], cache)
+        return any(x is not None for x in calls)
+
+    assert taken()
+    assert not taken(backend="reference")
+    seen = []
+    hook = ours.model.layers[1].register_forward_hook(lambda *a: seen.append(1))
+    assert not taken()
+    assert len(seen) == 2
+    hook.remove()
+    assert taken()
+    weight = ours.model.layers[2].mlp.down_proj.weight
+    weight.data = weight.data.T.contiguous().T
+    assert not taken()
+    weight.data = weight.data.contiguous()
+    assert not taken(ours.half(), torch.float16)
+    ours.float()
+    monkeypatch.setattr(cpu, "WORTH", 2**40)
+    assert not taken()
+
+
+@torch.no_grad()
+def test_a_position_out_of_range():
+    ours, _ = test_model.make("llama")
+    cache = KVCache(ours.config, 1, 20)
+    ours(test_model.prompt(1, 4), cache)
+    before = [t.clone() for t in cache.k]
+    for wrong in (20, -3):
+        cache.lengths.fill_(wrong)
+        cache.filled = 4
+        with pytest.raises(IndexError, match="expected 0 to 19"):
+            ours(test_model.prompt(1, 1), cache)
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.k))
+
+
+@torch.no_grad()
+def test_nan_is_not_hidden():
+    ours, _ = test_model.make("llama")
+    cache = KVCache(ours.config, 2, 20)
+    ours(test_model.prompt(2, 4), cache)
+    cache.k[1][0, 0, 2] = float("nan")
+    logits = ours(test_model.prompt(2, 1), cache)
+    assert logits[0].isnan().all()
+    assert logits[1].isfinite().all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@torch.no_grad()
+def test_after_a_fork():
+    """Numba's threads are lost to a fork, some kinds of them end the process: a child goes without."""
+    ours, _ = test_model.make("llama")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # PyTorch's own threads are lost too
+    try:
+        expected = generate(ours, [[1, 2, 3]], max_new_tokens=5, eos=[]).tolist()
+        child = os.fork()
+        if not child:
+            same = False
+            with contextlib.suppress(BaseException):
+                same = generate(ours, [[1, 2, 3]], max_new_tokens=5, eos=[]).tolist() == expected and cpu._Pool.lost
+            os._exit(0 if same else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- the product -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [None, (8, 32), (4, 32), (4, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(96, 256), (34, 128), (6, 384)], ids=str)
+def test_decode_linear(kind, bits, shape):
+    """Against float64; errors at most twice the reference's, and the bits of a row alone."""
+    N, K = shape
+    weight = torch.randn(shape).to(kind)
+    weight = quantize(weight, *bits) if bits else weight
+    exact = weight.dequantize(torch.float64) if bits else weight.double()
+    norm, bias = (torch.randn(n).to(kind) for n in (K, N))
+    for rows in ((), (1,), (3,), (2, 4)):
+        x, residual = torch.randn(*rows, K).to(kind), torch.randn(*rows, N // 2).to(kind)
+        for options in ({}, {"bias": bias, "norm": norm}, {"activation": "swiglu", "residual": residual, "bias": bias}):
+            y = cpu.decode_linear(x, weight, **options)
+            h = rms_norm(x, norm).double() if "norm" in options else x.double()
+            wide = {name: t.double() if isinstance(t, torch.Tensor) else t for name, t in options.items() if name != "norm"}
+            oracle.check(y, reference.decode_linear(h, exact, **wide), reference.decode_linear(x, weight, **options))
+            if len(rows) == 2:
+                part = {"residual": residual[1, 2]} if "residual" in options else {}
+                assert torch.equal(cpu.decode_linear(x[1, 2], weight, **{**options, **part}), y[1, 2])
+    assert cpu.decode_linear(x[:0], weight).shape == (0, 4, N)
+
+
+@torch.no_grad()
+def test_what_it_leaves_to_the_reference():
+    x, weight = torch.randn(9, 64), torch.randn(32, 64)
+    assert torch.equal(cpu.decode_linear(x, weight), reference.decode_linear(x, weight))
+    strided = torch.randn(64, 32).T
+    assert torch.equal(cpu.decode_linear(x[:2], strided), reference.decode_linear(x[:2], strided))
+    assert torch.equal(cpu.decode_linear(x[:2].half(), weight.half()), reference.decode_linear(x[:2].half(), weight.half()))
+    skewed = torch.randn(64, 3).T
+    assert torch.equal(cpu.decode_linear(skewed, weight), cpu.decode_linear(skewed.contiguous(), weight))
