@@ -4,7 +4,7 @@ Tensors have the layout of the model: q, k, v are views of one packed projection
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,11 @@ class Model:
     tied: bool = False
     family: str = "llama"
 
+    def share(self, n):
+        """One of n tensor-parallel shares."""
+        parts = {name: getattr(self, name) // n for name in ("heads", "kv_heads", "ffn", "vocab")}
+        return replace(self, **parts)
+
     def config(self):
         """What a config.json would say of these sizes."""
         return {
@@ -38,7 +43,7 @@ class Model:
         }  # fmt: skip
 
 
-MODELS = {  # from the config.json of each checkpoint; "/8": one of eight tensor-parallel shares
+MODELS = {  # from the config.json of each checkpoint
     "SmolLM2-135M": Model(576, 9, 3, 64, 1536, 30, 49152, True),
     "Qwen3-0.6B": Model(1024, 16, 8, 128, 3072, 28, 151936, True, "qwen3"),
     "Llama-3.2-1B": Model(2048, 32, 8, 64, 8192, 16, 128256, True),
@@ -48,14 +53,14 @@ MODELS = {  # from the config.json of each checkpoint; "/8": one of eight tensor
     "Llama-3.1-8B": Model(4096, 32, 8, 128, 14336, 32, 128256),
     "Llama-3.1-70B": Model(8192, 64, 8, 128, 28672, 80, 128256),
     "Llama-3.1-405B": Model(16384, 128, 8, 128, 53248, 126, 128256),
-    "Llama-3.1-70B/8": Model(8192, 8, 1, 128, 3584, 80, 16032),
-    "Llama-3.1-405B/8": Model(16384, 16, 1, 128, 6656, 126, 16032),
 }
+MODELS |= {f"{name}/8": MODELS[name].share(8) for name in ("Llama-3.1-70B", "Llama-3.1-405B")}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape: `batch` sequences of `tokens` new tokens that see `context` keys; `engine`: whose (peers.ENGINES)."""
+    """One op at one shape: `batch` sequences of `tokens` new tokens that see `context` keys; `engine`: whose (peers.ENGINES).
+    model: a name in MODELS, "name/n" for one of n shares of it."""
 
     op: str
     model: str
@@ -68,7 +73,8 @@ class Case:
 
     @property
     def m(self):
-        return MODELS[self.model]
+        name, _, shares = self.model.partition("/")
+        return MODELS[name].share(int(shares or 1))
 
     @property
     def rows(self):
@@ -119,12 +125,12 @@ class Case:
     def moved(self):
         """The least bytes through memory: every input read once, every output written once, as far as they are needed."""
         op = OPS[self.op]
-        return (op.moved_backward if self.backward else op.moved)(self.inputs("meta"))
+        return (op.moved_backward if self.backward else op.moved)(self.inputs("meta", empty=True))
 
     @property
     def flops(self):
         """FLOP of the matrix products, 0 for ops that have none. The backward counts as two and a half forwards."""
-        return round(OPS[self.op].flops(self.inputs("meta")) * (2.5 if self.backward else 1))
+        return round(OPS[self.op].flops(self.inputs("meta", empty=True)) * (2.5 if self.backward else 1))
 
 
 @dataclass(frozen=True)

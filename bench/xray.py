@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -305,16 +306,35 @@ def launches_of(case):
 
 # --- worker processes and the cache ------------------------------------------------------------------------------------
 # Compiled code needs a process in which Triton was imported without its interpreter, memory traffic one with it, and a compiler may
-# end its process: so reports are always made by workers, which read one job a line and answer with one line.
+# end its process: so reports are always made by workers, which read one job a line and answer with one line. Importing takes longer
+# than most jobs, so one process of each kind does it and forks into as many workers as are asked for.
 
 
-def _work():
+def _serve():
+    """A worker for every connection that comes in over standard input, until that closes."""
+    import torch._dynamo  # noqa: F401 - what the first backward would import
+    from triton.runtime import cache
+
+    from ..kernels.dispatch import INTERPRETED
+
+    if not INTERPRETED and hasattr(cache, "triton_key"):
+        cache.triton_key()  # a hash of all of Triton, which every compilation asks for: a second
+    control = socket.socket(fileno=0)
+    while connections := socket.recv_fds(control, 1, 1)[1]:
+        if os.fork() == 0:
+            _work(socket.socket(fileno=connections[0]).makefile("rw"))
+            os._exit(0)
+        os.close(connections[0])
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def _work(connection):
     from . import traffic
     from .cases import Case
 
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever else prints goes to stderr
-    for line in sys.stdin:
+    for line in connection:
         job = json.loads(line)
         try:
             case = Case(**job["case"])
@@ -325,47 +345,72 @@ def _work():
         except Exception as error:
             text = str(error).strip() or type(error).__name__
             answer = {"error": f"{type(error).__name__}: {text.splitlines()[-1].strip()}"}
-        print(json.dumps(answer), file=answers)
+        connection.write(json.dumps(answer) + "\n")
+        connection.flush()
 
 
 class Workers:
-    """`ask(job)` from any thread: every thread has worker processes of its own, which are replaced if the compiler ends one."""
+    """`ask(job)` from any thread: every thread has workers of its own, which are replaced if the compiler ends one."""
 
     def __init__(self):
         self.own = threading.local()
-        self.all = []
+        self.lock = threading.Lock()
+        self.servers = {}
+        self.connections = []
+
+    def start(self, what):
+        """Begins with the imports; nothing has to wait for them yet."""
+        if what not in self.servers:
+            self.servers[what] = self._start(what)
 
     def _start(self, what):
         environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRILLAMA_BACKEND")}
+        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         if what == "traffic":
             environment["TRITON_INTERPRET"] = "1"
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from trillama.bench.xray import _work; _work()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-        )  # fmt: skip
-        self.all.append(process)
-        return process
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-c", "from trillama.bench.xray import _serve; _serve()"]
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            return subprocess.Popen(command, stdin=theirs, env=environment, **quiet), ours
+
+    def _connect(self, what):
+        with self.lock:
+            self.start(what)
+            mine, its = socket.socketpair()
+            with its, contextlib.suppress(BrokenPipeError):
+                socket.send_fds(self.servers[what][1], [b"+"], [its.fileno()])
+            with mine:  # the file keeps it open
+                connection = mine.makefile("rw")
+            self.connections.append(connection)
+        return connection
 
     def ask(self, job):
         what = job["what"]
-        process = getattr(self.own, what, None) or self._start(what)
-        setattr(self.own, what, process)
+        connection = getattr(self.own, what, None) or self._connect(what)
+        setattr(self.own, what, connection)
         line = ""
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.write(json.dumps(job) + "\n")
+            connection.flush()
+            line = connection.readline()
         if line:
             return json.loads(line)
         setattr(self.own, what, None)
-        return {"error": f"the compiler ended its process (status {process.wait()})"}
+        return {"error": "the compiler ended its process"}
 
-    def close(self):
-        for process in self.all:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for connection in self.connections:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
+                connection.close()
+        for process, control in self.servers.values():
+            control.close()
+            if not self.connections:
+                process.terminate()
             process.wait()
-            process.stdout.close()
 
 
 def cache_folder():
@@ -375,27 +420,37 @@ def cache_folder():
 @functools.cache
 def _version():
     """A hash of everything that a report depends on beside its job: sources and versions."""
-    from importlib.metadata import version
-
     import trillama.kernels
 
-    state = hashlib.sha256(f"{platform.machine()} {version('triton')} {version('torch')}".encode())
+    state = hashlib.sha256(f"{platform.machine()} {versions()}".encode())
     for folder in (Path(__file__).parent, Path(trillama.kernels.__file__).parent):
         for file in sorted(folder.glob("*.py")):
             state.update(file.read_bytes())
     return state.hexdigest()
 
 
+def versions():
+    """Of what compiles and of what is compiled, where it is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("triton", "torch", "liger-kernel"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def _nothing(done, total):
     pass
 
 
-def answers(jobs, cached=True, progress=_nothing):
-    """The workers' answers to jobs, in order, two or more at a time; answers are kept on disk until a source or version changes."""
-    workers = Workers()
+def answers(questions, workers, cached=True, progress=_nothing):
+    """The reports on every question (`code_questions`, `traffic_questions`), a list each, made by as many workers as there are
+    cores; what has no report has one with an "error". Reports are kept on disk until a source or version changes."""
     done = itertools.count(1)
 
-    def one(job):
+    def one(question):
+        about, job = question
         key = hashlib.sha256(json.dumps([_version(), job], sort_keys=True).encode()).hexdigest()[:32]
         file = cache_folder() / f"{key}.json"
         answer = None
@@ -410,33 +465,36 @@ def answers(jobs, cached=True, progress=_nothing):
                     partial = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
                     partial.write_text(json.dumps(answer))
                     partial.replace(file)
-        progress(next(done), len(jobs))
-        return answer
+        progress(next(done), len(questions))
+        return answer.get("reports") or [{**about, "error": answer.get("error", "launches nothing")}]
 
-    try:
-        with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-            return list(pool.map(one, jobs))
-    finally:
-        workers.close()
+    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        # The last ones first: backward and new architectures take the longest, and no core should wait for one of them.
+        return list(pool.map(one, reversed(questions)))[::-1]
 
 
-def survey(cases, architectures=USUAL, fp64_scalars=False, cached=True, progress=_nothing):
-    """Reports of every case on every architecture, in that order; what cannot be compiled is a report with an "error"."""
-    pairs = list(itertools.product(cases, architectures))
-    jobs = [{"what": "code", "case": dataclasses.asdict(case), "arch": arch, "fp64_scalars": fp64_scalars} for case, arch in pairs]
-    reports = []
-    for (case, arch), answer in zip(pairs, answers(jobs, cached, progress)):
-        reports += answer.get("reports") or [{**identity(case, arch), "error": answer.get("error", "launches nothing")}]
-    return reports
+def code_questions(cases, architectures, fp64_scalars=False):
+    """What the kernels of every case are made of on every architecture."""
+    return [
+        (identity(case, arch), {"what": "code", "case": dataclasses.asdict(case), "arch": arch, "fp64_scalars": fp64_scalars})
+        for case in cases
+        for arch in architectures
+    ]
 
 
-def moved(cases, cached=True):
-    """`traffic.summary` of every case, made in processes with the interpreter; or a report with an "error"."""
-    jobs = [{"what": "traffic", "case": dataclasses.asdict(case)} for case in cases]
-    reports = []
-    for case, answer in zip(cases, answers(jobs, cached)):
-        reports += answer.get("reports") or [{**identity(case, "memory"), "error": answer["error"]}]
-    return reports
+def traffic_questions(cases):
+    """`traffic.summary` of every case."""
+    return [(identity(case, "memory"), {"what": "traffic", "case": dataclasses.asdict(case)}) for case in cases]
+
+
+def _flat(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+def survey(cases, architectures=USUAL, fp64_scalars=False, cached=True):
+    """Reports of every case on every architecture, in that order."""
+    with Workers() as workers:
+        return _flat(answers(code_questions(cases, architectures, fp64_scalars), workers, cached))
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
@@ -557,12 +615,20 @@ def main(argv=None):
         import triton  # noqa: F401
     except ImportError:
         raise ValueError("xray compiles the Triton kernels, but Triton is not installed (it has wheels for Linux only)") from None
+    with Workers() as workers:
+        for what in ("code", "traffic"):
+            workers.start(what)  # they import torch while this process does
+        return _run(options, workers)
+
+
+def _run(options, workers):
     from .traffic import small
 
     cases, architectures = chosen(options)
-    reports = survey(cases, architectures, cached=not options.no_cache, progress=_progress)
     one_each = {(case.op, case.backward, case.dtype): small(case) for case in reversed(cases)}  # the ratio is every model's
-    traffic = moved(list(one_each.values()), cached=not options.no_cache)
+    code, memory = code_questions(cases, architectures), traffic_questions(one_each.values())
+    found = answers(code + memory, workers, cached=not options.no_cache, progress=_progress)
+    reports, traffic = _flat(found[: len(code)]), _flat(found[len(code) :])
     if options.json:
         document = json.dumps({"versions": versions(), "reports": reports, "traffic": traffic}, indent=1)
         if options.json == "-":
@@ -576,12 +642,6 @@ def main(argv=None):
 
         plots.xray([r for r in reports if "error" not in r], options.plot)
     return 0
-
-
-def versions():
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("triton", "torch")}
 
 
 if __name__ == "__main__":

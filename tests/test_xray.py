@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from trillama.bench import sass, xray
@@ -165,7 +166,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         assert r["f64"] == 0
         assert r["shared"] <= r["shared_limit"]
         assert sum(r["mix"].values()) == r["instructions"]
-    monkeypatch.setattr(xray.Workers, "_start", None)  # what was examined once comes from the disk
+    monkeypatch.setattr(xray.Workers, "_connect", None)  # what was examined once comes from the disk
     pytest.importorskip("matplotlib")
     assert main([*argv[:-1], "-", "--plot", str(plot)]) == 0
     assert json.loads(capsys.readouterr().out)["reports"] == reports
@@ -189,7 +190,36 @@ def test_mistakes_are_named(argv, message, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_compiler_that_ends_its_process_is_reported(monkeypatch):
+def test_a_process_that_does_not_start_is_reported(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     (report,) = xray.survey([case("rms_norm", "SmolLM2-135M")], ["sm_90"], cached=False)
-    assert report["error"] == "the compiler ended its process (status 1)"
+    assert report["error"] == "the compiler ended its process"
+
+
+def test_a_compiler_that_ends_its_process_is_reported_and_replaced():
+    """As an assertion in LLVM does: the jobs after it are answered by another process."""
+    pytest.importorskip("triton")
+    mistake = {"what": "code", "case": {"op": "softmax"}}
+    with xray.Workers() as workers:
+        assert workers.ask(mistake)["error"].startswith("TypeError")
+        workers.own.code.write("not JSON\n")  # outside of what a worker catches
+        assert workers.ask(mistake) == {"error": "the compiler ended its process"}
+        assert workers.ask(mistake)["error"].startswith("TypeError")
+
+
+def test_reports_are_kept_for_one_state_of_the_sources_and_versions(tmp_path, monkeypatch):
+    import trillama.kernels
+
+    package = tmp_path / "kernels"
+    shutil.copytree(Path(trillama.kernels.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    state = xray._version.__wrapped__
+    first = state()
+    monkeypatch.setattr(trillama.kernels, "__file__", str(package / "__init__.py"))
+    assert state() == first  # where the sources lie is not part of it
+    source = package / "rmsnorm.py"
+    source.write_text(source.read_text() + "\n")
+    changed = state()
+    assert changed != first
+    for name in ("triton", "torch", "liger-kernel"):
+        monkeypatch.setattr(xray, "versions", lambda name=name: {name: "0"})
+        assert state() not in (first, changed)
