@@ -3,6 +3,24 @@
 import pytest
 
 
+@pytest.fixture
+def trillama(capsys, monkeypatch):
+    """Runs a command line in this process, on the reference path: (status, stdout, stderr)."""
+    from trillama.model import cli
+
+    monkeypatch.setenv("TRILLAMA_BACKEND", "reference")
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        return (status, *capsys.readouterr())
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def smollm2_path():
     """The files of the default model, a folder or a GGUF file; fetched on first use, from then on out of the cache."""

@@ -23,22 +23,6 @@ def run(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, **options)
 
 
-@pytest.fixture
-def trillama(capsys, monkeypatch):
-    """Runs a command line in this process, on the reference path: (status, stdout, stderr)."""
-    monkeypatch.setenv("TRILLAMA_BACKEND", "reference")
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            status = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse
-            status = stop.code
-        return (status, *capsys.readouterr())
-
-    return call
-
-
 def mistake(result, *words):
     status, out, err = result
     assert status == 2, err

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from trillama.model import Llama, Tokenizer, cli
+from trillama.model import Llama, Tokenizer
 from trillama.model.checkpoint import CheckpointError, open_checkpoint
 from trillama.model.convert import convert, rotary_rows
 
@@ -21,19 +21,6 @@ pytest.importorskip("gguf")
 from test_checkpoint import LLAMA_3_ROPE, assert_same, make, permuted, weights, write_gguf, write_meta  # noqa: E402
 
 pytestmark = pytest.mark.host
-
-
-@pytest.fixture
-def trillama(capsys):
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            status = cli.main(["convert", *map(str, arguments)])
-        except SystemExit as stop:
-            status = stop.code
-        return (status, *capsys.readouterr())
-
-    return call
 
 
 def logits(source):
@@ -176,7 +163,7 @@ def drop_vocabulary(path, run):
 def test_shards(tmp_path, trillama):
     model = make()
     model.save_pretrained(tmp_path / "hf")
-    status, out, err = trillama(tmp_path / "hf", tmp_path / "shards", "--to", "hf", "--shard-size", "60KB")
+    status, out, err = trillama("convert", tmp_path / "hf", tmp_path / "shards", "--to", "hf", "--shard-size", "60KB")
     assert (status, err) == (0, "")
     files = sorted((tmp_path / "shards").glob("*.safetensors"))
     assert len(files) > 2
@@ -197,7 +184,7 @@ def test_shards(tmp_path, trillama):
 def test_dtype(tmp_path, trillama, to):
     model = make()
     model.save_pretrained(tmp_path / "hf")
-    assert trillama(tmp_path / "hf", tmp_path / "half", "--to", to, "--dtype", "bfloat16")[0] == 0
+    assert trillama("convert", tmp_path / "hf", tmp_path / "half", "--to", to, "--dtype", "bfloat16")[0] == 0
     with open_checkpoint(tmp_path / "half") as checkpoint:
         for name, tensor in weights(model).items():
             expected = tensor.bfloat16()
@@ -263,9 +250,9 @@ def test_vocabulary_of_meta_becomes_a_tokenizer_json(tmp_path):
 @pytest.mark.slow
 def test_smollm2(smollm2_gguf, tmp_path, trillama):
     """The default model through all layouts: the same vocabulary and logits for transformers, the same weights bit for bit."""
-    assert trillama(smollm2_gguf, tmp_path / "hf", "--to", "hf")[0] == 0
-    assert trillama(tmp_path / "hf", tmp_path / "meta", "--to", "meta")[0] == 0
-    assert trillama(tmp_path / "meta", tmp_path / "back", "--to", "hf")[0] == 0
+    assert trillama("convert", smollm2_gguf, tmp_path / "hf", "--to", "hf")[0] == 0
+    assert trillama("convert", tmp_path / "hf", tmp_path / "meta", "--to", "meta")[0] == 0
+    assert trillama("convert", tmp_path / "meta", tmp_path / "back", "--to", "hf")[0] == 0
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (tmp_path / "back" / "model.safetensors").read_bytes()
     assert_same_vocabulary(smollm2_gguf, tmp_path / "back")
     assert close(of_transformers(tmp_path / "back"), logits(smollm2_gguf))
@@ -292,7 +279,7 @@ def test_nothing_is_overwritten(tiny_folder, tmp_path, trillama, there):
         target.write_text("mine")
     else:
         target.symlink_to("nowhere")
-    refused(trillama(tiny_folder, target, "--to", "hf"), str(target), "exists")
+    refused(trillama("convert", tiny_folder, target, "--to", "hf"), str(target), "exists")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
@@ -300,17 +287,18 @@ def test_what_fails_leaves_nothing(tmp_path, trillama):
     make().save_pretrained(tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
     data = path.read_bytes()
-    refused(trillama(tmp_path / "hf", tmp_path / "a" / "b", "--to", "meta", "--shard-size", "lots"), "--shard-size")
-    refused(trillama(tmp_path / "hf", tmp_path / "a" / "b", "--to", "onnx"), "--to")
+    refused(trillama("convert", tmp_path / "hf", tmp_path / "a" / "b", "--to", "meta", "--shard-size", "lots"), "--shard-size")
+    refused(trillama("convert", tmp_path / "hf", tmp_path / "a" / "b", "--to", "onnx"), "--to")
     path.write_bytes(data[:-10])
-    refused(trillama(tmp_path / "hf", tmp_path / "a" / "b", "--to", "meta"), "model.safetensors")
+    refused(trillama("convert", tmp_path / "hf", tmp_path / "a" / "b", "--to", "meta"), "model.safetensors")
     path.write_bytes(data.replace(b"layers.1.mlp.up_proj", b"layers.1.mlp.op_proj"))
-    refused(trillama(tmp_path / "hf", tmp_path / "a" / "b", "--to", "hf"), "model.layers.1.mlp.up_proj.weight is missing")
+    missing = "model.layers.1.mlp.up_proj.weight is missing"
+    refused(trillama("convert", tmp_path / "hf", tmp_path / "a" / "b", "--to", "hf"), missing)
     assert not (tmp_path / "a").exists()
     path.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trillama.model.convert.loaded", lambda *args, **options: (_ for _ in ()).throw(OSError("No space left")))
-        refused(trillama(tmp_path / "hf", tmp_path / "a" / "b", "--to", "hf"), "No space left")
+        refused(trillama("convert", tmp_path / "hf", tmp_path / "a" / "b", "--to", "hf"), "No space left")
     assert list((tmp_path / "a").iterdir()) == []
 
 

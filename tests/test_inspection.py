@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from trillama.model import Llama, Tokenizer, cli
+from trillama.model import Llama, Tokenizer
 from trillama.model.inspection import anatomy, attention_map, size
 
 torch = pytest.importorskip("torch")
@@ -24,21 +24,6 @@ FAMILIES = {
     "Qwen3": {"head_dim": 16},
     "SmolLM3": {"no_rope_layer_interval": 2},
 }
-
-
-@pytest.fixture
-def trillama(capsys, monkeypatch):
-    monkeypatch.setenv("TRILLAMA_BACKEND", "reference")
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            status = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        return (status, *capsys.readouterr())
-
-    return call
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------
