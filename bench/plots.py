@@ -44,7 +44,7 @@ def xray(reports, file):
     drawn, subplots = figure((11, 1.2 + sum(0.34 * len(p) + 1.0 for p in panels)))
     axes = subplots(len(panels), 1, squeeze=False, height_ratios=[len(p) + 2 for p in panels])[:, 0]
     for panel, ax in zip(panels, axes):
-        ax.set_yticks(range(len(panel)), [f"{r['op']} {r['case']}  {r['arch']}" for r in panel], fontsize=8)
+        ax.set_yticks(range(len(panel)), [_label(r, panel) for r in panel], fontsize=8)
         ax.invert_yaxis()
         ax.spines[["top", "right"]].set_visible(False)
     if loops:
@@ -74,6 +74,13 @@ def xray(reports, file):
         ax.set_title("Kernels bound by memory (compiled code, not a timing)", fontsize=9)
         ax.legend(fontsize=8, frameon=False, loc="lower right")
     save(drawn, file)
+
+
+def _label(report, reports):
+    """Op, case and architecture; the kernel too where the op has launched several."""
+    alike = [r for r in reports if all(r[key] == report[key] for key in ("op", "case", "dtype", "arch", "engine"))]
+    kernel = f" ({report['kernel'].removesuffix('_kernel')})" if len(alike) > 1 else ""
+    return f"{report['op']}{kernel}  {report['case']}  {report['arch']}"
 
 
 def _share(report):
