@@ -114,7 +114,7 @@ def speedups(results, folder):
         on_cpu = next(r["device"] for r in results if r["name"] == name) == "cpu"
         ax.set_xlabel("time / time of trillama" + ("'s reference path, on a CPU" if on_cpu else ""))
         ax.set_title(name, fontsize=10)
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         files.append(folder / f"{name.replace(' ', '_')}.png")
         save(drawn, files[-1])
     return files
