@@ -15,7 +15,24 @@ import torch.nn.functional as F
 
 from . import reference, tuning
 from .attention import _dot, _precision
-from .dispatch import architecture, call, cdiv, check, check_same, jit, launch, register, row_offset, row_strides, tl, uses_triton
+from .dispatch import (
+    architecture,
+    await_inputs,
+    call,
+    cdiv,
+    check,
+    check_same,
+    dependence,
+    jit,
+    launch,
+    prefetch,
+    register,
+    release_dependents,
+    row_offset,
+    row_strides,
+    tl,
+    uses_triton,
+)
 from .glu import _sigmoid, swiglu
 from .quantized import QuantizedWeight
 from .rmsnorm import rms_norm
@@ -72,15 +89,32 @@ def _grouped(
     return total + scale * product + (minimum - OFFSET * scale) * ones
 
 
+@jit
+def _beginnings(weight_ptr, weight_strides, columns, first, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Asks for the first 2 KiB of each of this program's rows of W, behind row `first`; the last rows for their own once more."""
+    n = first + tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), columns - 1)[:, None]
+    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    k = tl.minimum(tl.arange(0, 16) * LINE, COLUMNS - 1)[None, :]
+    prefetch(weight_ptr + n.to(tl.int64) * weight_strides[0] + k * weight_strides[1])
+
+
 @jit(do_not_specialize=["rows", "middle", "inner"])
 def _linear_kernel(
     x_ptr, weight_ptr, scale_ptr, minimum_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, eps, rows, columns, middle, inner,
     x_strides, weight_strides, scale_stride, norm_stride, bias_stride, residual_strides,
     K: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    SLICES: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of out for all rows: reads BLOCK_N rows of W (with SwiGLU as many of each half), SLICES * BLOCK_K
-    columns at a time, and x from L2. 4-bit weights: BLOCK_K is their group."""
+    columns at a time, and x from L2. 4-bit weights: BLOCK_K is their group. PDL: the beginnings of the rows of W are asked for
+    while the kernel before still runs."""
+    release_dependents(PDL)
+    if PDL:
+        COLUMNS: tl.constexpr = K if minimum_ptr is None else K // 2
+        _beginnings(weight_ptr, weight_strides, columns, 0, COLUMNS, BLOCK_N)
+        if SWIGLU:
+            _beginnings(weight_ptr, weight_strides, columns, columns, COLUMNS, BLOCK_N)
+    await_inputs(PDL)
     row = tl.arange(0, BLOCK_M)[:, None]
     x_row = x_ptr + row_offset(row.to(tl.int64), middle, inner, x_strides)
     rstd = None
@@ -166,6 +200,7 @@ def _fused(x, weight, scale, minimum, norm, eps, residual, activation, bias):
         None if norm is None else norm.stride(0), None if bias is None else bias.stride(0), _strides(residual, strides[-1]),
         K=K, SWIGLU=activation == "swiglu", BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SLICES=tile.slices,
         PRECISION=_precision(x), OFFSET=_OFFSETS[x.dtype], num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        **dependence(x),
     )  # fmt: skip
     return out
 

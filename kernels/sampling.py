@@ -19,7 +19,20 @@ import torch
 
 from . import tuning
 from .decode import _counters
-from .dispatch import call, cdiv, check, jit, launch, next_power_of_2, register, tl, uses_triton
+from .dispatch import (
+    await_inputs,
+    call,
+    cdiv,
+    check,
+    dependence,
+    jit,
+    launch,
+    next_power_of_2,
+    register,
+    release_dependents,
+    tl,
+    uses_triton,
+)
 
 # --- reference: functions of tensors alone, of fixed shapes and read by no host, so that a CUDA graph can hold them ------------
 
@@ -112,9 +125,11 @@ def settle_(new, ids, ended, finished, ends, seen=None, lengths=None):
 @jit
 def _embed_kernel(
     ids_ptr, table_ptr, lengths_ptr, positions_ptr, x_ptr, table_strides,
-    VOCABULARY: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    VOCABULARY: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of the token of one row; the first program of the row counts it. An id outside the table gives NaN."""
+    release_dependents(PDL)
+    await_inputs(PDL)
     row = tl.program_id(1).to(tl.int64)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     id = tl.load(ids_ptr + row)
@@ -294,13 +309,15 @@ def _choose_kernel(
     logits_ptr, seen_ptr, state_ptr, ids_ptr, ended_ptr, finished_ptr, ends_ptr, lengths_ptr, best_ptr, d_ptr, id_ptr, counter_ptr,
     temperature, penalty, top_k, top_p, farthest, rows, logits_stride,
     VOCABULARY: tl.constexpr, ENDS: tl.constexpr, BLOCK_ENDS: tl.constexpr, GREEDY: tl.constexpr, BLOCK: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK logits of one row, read once: leaves the best of each group of ids. The last program of a row to arrive chooses, and
     looks again at the group that has won or at those that the cut reaches; the last row to be done says whether all have ended.
 
     best_ptr: float32 [rows, 2, GROUPS], the largest logit of each group and, where all ids stay, its best score without that; with
     top_p alone its sum instead. d_ptr, id_ptr: [rows, GROUPS + VOCABULARY] where there is a cut, else None."""
+    release_dependents(PDL)
+    await_inputs(PDL)
     row = tl.program_id(1).to(tl.int64)
     logits_ptr += row * logits_stride
     if seen_ptr is not None:
@@ -374,7 +391,7 @@ def _embed(ids, table, lengths):
         _embed_kernel,
         (cdiv(columns, tile.block_n), rows),
         ids, table, lengths, positions, x, table.stride(), VOCABULARY=vocabulary, N=columns, BLOCK=tile.block_n,
-        num_warps=tile.warps,
+        num_warps=tile.warps, **dependence(table),
     )  # fmt: skip
     return x, positions
 
@@ -397,7 +414,7 @@ def _choose(logits, ids, ended, finished, ends, state, seen, lengths, temperatur
         _counters(rows + 1, logits.device), temperature, penalty, top_k, top_p, -math.log(min_p) if min_p else None, rows,
         logits.stride(0),
         VOCABULARY=vocabulary, ENDS=len(ends), BLOCK_ENDS=next_power_of_2(len(ends)), GREEDY=greedy, BLOCK=tile.block,
-        GROUPS=tile.groups, num_warps=tile.warps,
+        GROUPS=tile.groups, num_warps=tile.warps, **dependence(logits),
     )  # fmt: skip
 
 
