@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from . import reference, tuning
 from .attention import _dot, _precision
 from .dispatch import (
+    WIDEN,
     architecture,
     await_inputs,
     call,
@@ -65,15 +66,34 @@ def _activations(x_row, norm_ptr, rstd, live, k, column_stride, norm_stride, K: 
     return tl.permute(x, (0, 2, 1))
 
 
+_UNPACK = """{
+    .reg .b32 low, high;
+    and.b32 low, $4, 0x0f0f0f0f;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0f0f0f0f;
+    prmt.b32 $0, low, OFFSET, 0x4140;
+    prmt.b32 $1, low, OFFSET, 0x4342;
+    prmt.b32 $2, high, OFFSET, 0x4140;
+    prmt.b32 $3, high, OFFSET, 0x4342;
+}"""
+_BFLOAT16, _FLOAT16 = (tl.constexpr(_UNPACK.replace("OFFSET", f"0x{4 * byte}")) for byte in ("43", "64"))
+
+
 @jit
 def _nibbles(w, dtype: tl.constexpr, OFFSET: tl.constexpr):
-    """OFFSET + w, for w in 0 .. 15, through the bits of the mantissa: integer conversions run at a quarter of the rate."""
+    """OFFSET + the low and the high half of the bytes w, through the bits of the mantissa: integer conversions run at a quarter of
+    the rate. On NVIDIA's a byte permutation puts each nibble under its exponent: eight weights take seven instructions."""
     if OFFSET == 0:
-        return w.to(dtype)
+        low, high = (w & 15).to(dtype), (w >> 4).to(dtype)
+    elif WIDEN or not tl.target_info.is_cuda():
+        exponent: tl.constexpr = 0x4300 if OFFSET == 128 else 0x6400
+        low = ((w & 15).to(tl.int16) | exponent).to(dtype, bitcast=True)
+        high = ((w >> 4).to(tl.int16) | exponent).to(dtype, bitcast=True)
     elif OFFSET == 128:
-        return (w.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+        low, high = tl.inline_asm_elementwise(_BFLOAT16, "=r,=r,=r,=r,r", [w], (tl.bfloat16, tl.bfloat16), True, 4)
     else:
-        return (w.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+        low, high = tl.inline_asm_elementwise(_FLOAT16, "=r,=r,=r,=r,r", [w], (tl.float16, tl.float16), True, 4)
+    return low, high
 
 
 @jit
@@ -84,8 +104,8 @@ def _grouped(
     w = tl.load(w_row + column, mask, other=0)
     scale = tl.load(scale_row + group, mask, other=0.0).to(tl.float32)
     minimum = tl.load(minimum_row + group, mask, other=0.0).to(tl.float32)
-    product = _dot(_nibbles(w & 15, low.dtype, OFFSET), low, None, PRECISION)
-    product = _dot(_nibbles(w >> 4, low.dtype, OFFSET), high, product, PRECISION)
+    w_low, w_high = _nibbles(w, low.dtype, OFFSET)
+    product = _dot(w_high, high, _dot(w_low, low, None, PRECISION), PRECISION)
     return total + scale * product + (minimum - OFFSET * scale) * ones
 
 
