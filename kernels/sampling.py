@@ -20,6 +20,7 @@ import torch
 from . import tuning
 from .decode import _counters
 from .dispatch import (
+    architecture,
     await_inputs,
     call,
     cdiv,
@@ -400,7 +401,7 @@ def _choose(logits, ids, ended, finished, ends, state, seen, lengths, temperatur
     rows, vocabulary = logits.shape
     greedy = is_greedy(temperature)
     cut = not greedy and (top_k is not None or top_p is not None or min_p is not None)
-    tile = tuning.choose(vocabulary)
+    tile = tuning.choose(architecture(logits), vocabulary)
     best = torch.empty((rows, 2, tile.groups), dtype=torch.float32, device=logits.device)
     distances = numbers = None
     if cut:
@@ -415,6 +416,7 @@ def _choose(logits, ids, ended, finished, ends, state, seen, lengths, temperatur
         logits.stride(0),
         VOCABULARY=vocabulary, ENDS=len(ends), BLOCK_ENDS=next_power_of_2(len(ends)), GREEDY=greedy, BLOCK=tile.block,
         GROUPS=tile.groups, num_warps=tile.warps, **dependence(logits),
+        **({"maxnreg": tile.registers} if tile.registers else {}),
     )  # fmt: skip
 
 
