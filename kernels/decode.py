@@ -21,7 +21,21 @@ import torch
 
 from . import reference, tuning
 from .attention import LOG2E, _dot, _precision, _tanh
-from .dispatch import architecture, call, cdiv, check, check_same, jit, launch, register, tl, uses_triton
+from .dispatch import (
+    architecture,
+    await_inputs,
+    call,
+    cdiv,
+    check,
+    check_same,
+    dependence,
+    jit,
+    launch,
+    register,
+    release_dependents,
+    tl,
+    uses_triton,
+)
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
@@ -70,9 +84,12 @@ def _decode_kernel(
     S, capacity, q_strides, k_strides, v_strides, length_stride, table_strides,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (split, tile of a key/value head, sequence): reads its split of k and v once. A row cut into one split is written
     to `out` at once; otherwise partial results of [BLOCK_M, D + 2] float32 a split pass through `partial`."""
+    release_dependents(PDL)
+    await_inputs(PDL)
     split = tl.program_id(0)
     tiles = tl.cdiv(GROUP * S, BLOCK_M)
     head, tile = tl.program_id(1) // tiles, tl.program_id(1) % tiles
@@ -197,6 +214,7 @@ def _forward(q, k_cache, v_cache, lengths, scale, window, softcap, block_table, 
         GROUP=group, D=D, PAGE=None if block_table is None else page, SPLIT=split, MAX_SPLITS=most,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_E=tile.block_e,
         PRECISION=_precision(q), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        **dependence(q),
     )  # fmt: skip
     return out
 

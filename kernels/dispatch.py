@@ -166,6 +166,63 @@ def launch(kernel, grid, *arguments, **options):
         kernel[grid](*arguments, **options)
 
 
+# --- programmatic dependent launch -----------------------------------------------------------------------------------
+
+_dependent = None
+
+
+class dependent_launch:
+    """Whether the kernels of a decode step may be started while their predecessors still run (sm_90 and later; elsewhere nothing
+    changes): they ask for what does not depend on these, then wait until they have ended. The environment's TRILLAMA_PDL=1 does
+    the same.
+
+    Takes effect at once and stays; used as `with dependent_launch(True):` it is undone at the end of the block.
+    """
+
+    def __init__(self, on):
+        global _dependent
+        self.previous = _dependent
+        _dependent = on
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        global _dependent
+        _dependent = self.previous
+
+
+def dependence(x):
+    """The launch options of a kernel that takes a flag PDL."""
+    on = os.environ.get("TRILLAMA_PDL") == "1" if _dependent is None else _dependent
+    if on and not INTERPRETED and architecture(x) >= 90:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@jit
+def release_dependents(PDL: tl.constexpr):
+    """The first line of such a kernel. The next one may start as soon as all programs of this one have: it waits as well."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def await_inputs(PDL: tl.constexpr):
+    """Until the kernel before has ended, and with it all that it waited for. Before this nothing may be written, and nothing read
+    that any kernel of the step writes; every program comes by here, so that whoever waits for it waits for its predecessors too."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@jit
+def prefetch(pointers):
+    """Brings the 128 bytes around each address into the second-level cache."""
+    tl.inline_asm_elementwise(
+        "mov.u32 $0, 0; prefetch.global.L2 [$1];", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @contextlib.contextmanager
 def scratch(x):
     """Kernels that build tensor descriptors need memory for them: within the block Triton gets it from torch, on the device of x.

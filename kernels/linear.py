@@ -15,7 +15,25 @@ import torch.nn.functional as F
 
 from . import reference, tuning
 from .attention import _dot, _precision
-from .dispatch import architecture, call, cdiv, check, check_same, jit, launch, register, row_offset, row_strides, tl, uses_triton
+from .dispatch import (
+    WIDEN,
+    architecture,
+    await_inputs,
+    call,
+    cdiv,
+    check,
+    check_same,
+    dependence,
+    jit,
+    launch,
+    prefetch,
+    register,
+    release_dependents,
+    row_offset,
+    row_strides,
+    tl,
+    uses_triton,
+)
 from .glu import _sigmoid, swiglu
 from .quantized import QuantizedWeight
 from .rmsnorm import rms_norm
@@ -48,15 +66,34 @@ def _activations(x_row, norm_ptr, rstd, live, k, column_stride, norm_stride, K: 
     return tl.permute(x, (0, 2, 1))
 
 
+_UNPACK = """{
+    .reg .b32 low, high;
+    and.b32 low, $4, 0x0f0f0f0f;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0f0f0f0f;
+    prmt.b32 $0, low, OFFSET, 0x4140;
+    prmt.b32 $1, low, OFFSET, 0x4342;
+    prmt.b32 $2, high, OFFSET, 0x4140;
+    prmt.b32 $3, high, OFFSET, 0x4342;
+}"""
+_BFLOAT16, _FLOAT16 = (tl.constexpr(_UNPACK.replace("OFFSET", f"0x{4 * byte}")) for byte in ("43", "64"))
+
+
 @jit
 def _nibbles(w, dtype: tl.constexpr, OFFSET: tl.constexpr):
-    """OFFSET + w, for w in 0 .. 15, through the bits of the mantissa: integer conversions run at a quarter of the rate."""
+    """OFFSET + the low and the high half of the bytes w, through the bits of the mantissa: integer conversions run at a quarter of
+    the rate. On NVIDIA's a byte permutation puts each nibble under its exponent: eight weights take seven instructions."""
     if OFFSET == 0:
-        return w.to(dtype)
+        low, high = (w & 15).to(dtype), (w >> 4).to(dtype)
+    elif WIDEN or not tl.target_info.is_cuda():
+        exponent: tl.constexpr = 0x4300 if OFFSET == 128 else 0x6400
+        low = ((w & 15).to(tl.int16) | exponent).to(dtype, bitcast=True)
+        high = ((w >> 4).to(tl.int16) | exponent).to(dtype, bitcast=True)
     elif OFFSET == 128:
-        return (w.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+        low, high = tl.inline_asm_elementwise(_BFLOAT16, "=r,=r,=r,=r,r", [w], (tl.bfloat16, tl.bfloat16), True, 4)
     else:
-        return (w.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+        low, high = tl.inline_asm_elementwise(_FLOAT16, "=r,=r,=r,=r,r", [w], (tl.float16, tl.float16), True, 4)
+    return low, high
 
 
 @jit
@@ -67,9 +104,18 @@ def _grouped(
     w = tl.load(w_row + column, mask, other=0)
     scale = tl.load(scale_row + group, mask, other=0.0).to(tl.float32)
     minimum = tl.load(minimum_row + group, mask, other=0.0).to(tl.float32)
-    product = _dot(_nibbles(w & 15, low.dtype, OFFSET), low, None, PRECISION)
-    product = _dot(_nibbles(w >> 4, low.dtype, OFFSET), high, product, PRECISION)
+    w_low, w_high = _nibbles(w, low.dtype, OFFSET)
+    product = _dot(w_high, high, _dot(w_low, low, None, PRECISION), PRECISION)
     return total + scale * product + (minimum - OFFSET * scale) * ones
+
+
+@jit
+def _beginnings(weight_ptr, weight_strides, columns, first, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Asks for the first 2 KiB of each of this program's rows of W, behind row `first`; the last rows for their own once more."""
+    n = first + tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), columns - 1)[:, None]
+    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    k = tl.minimum(tl.arange(0, 16) * LINE, COLUMNS - 1)[None, :]
+    prefetch(weight_ptr + n.to(tl.int64) * weight_strides[0] + k * weight_strides[1])
 
 
 @jit(do_not_specialize=["rows", "middle", "inner"])
@@ -77,10 +123,18 @@ def _linear_kernel(
     x_ptr, weight_ptr, scale_ptr, minimum_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, eps, rows, columns, middle, inner,
     x_strides, weight_strides, scale_stride, norm_stride, bias_stride, residual_strides,
     K: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    SLICES: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of out for all rows: reads BLOCK_N rows of W (with SwiGLU as many of each half), SLICES * BLOCK_K
-    columns at a time, and x from L2. 4-bit weights: BLOCK_K is their group."""
+    columns at a time, and x from L2. 4-bit weights: BLOCK_K is their group. PDL: the beginnings of the rows of W are asked for
+    while the kernel before still runs."""
+    release_dependents(PDL)
+    if PDL:
+        COLUMNS: tl.constexpr = K if minimum_ptr is None else K // 2
+        _beginnings(weight_ptr, weight_strides, columns, 0, COLUMNS, BLOCK_N)
+        if SWIGLU:
+            _beginnings(weight_ptr, weight_strides, columns, columns, COLUMNS, BLOCK_N)
+    await_inputs(PDL)
     row = tl.arange(0, BLOCK_M)[:, None]
     x_row = x_ptr + row_offset(row.to(tl.int64), middle, inner, x_strides)
     rstd = None
@@ -166,6 +220,7 @@ def _fused(x, weight, scale, minimum, norm, eps, residual, activation, bias):
         None if norm is None else norm.stride(0), None if bias is None else bias.stride(0), _strides(residual, strides[-1]),
         K=K, SWIGLU=activation == "swiglu", BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SLICES=tile.slices,
         PRECISION=_precision(x), OFFSET=_OFFSETS[x.dtype], num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        **dependence(x),
     )  # fmt: skip
     return out
 

@@ -12,7 +12,22 @@ from typing import Optional
 import torch
 
 from . import reference, tuning
-from .dispatch import architecture, call, cdiv, check, check_same, jit, launch, promoted, register, tl, uses_triton
+from .dispatch import (
+    architecture,
+    await_inputs,
+    call,
+    cdiv,
+    check,
+    check_same,
+    dependence,
+    jit,
+    launch,
+    promoted,
+    register,
+    release_dependents,
+    tl,
+    uses_triton,
+)
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
@@ -78,7 +93,7 @@ def _rope_kernel(
     position_stride_batch, position_stride_token, block_table_stride, tokens, table_rows, capacity, pages, heads_per_program,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    BLOCK_REST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program turns some heads of BLOCK_S tokens; the heads are numbered q, then k, then v.
 
@@ -86,6 +101,8 @@ def _rope_kernel(
     through the block table, at the token's position. What lies outside the tables turns to NaN, what lies outside the cache is
     not written. The masked loads have no `other`: a lane that reads nothing writes nothing.
     """
+    release_dependents(PDL)
+    await_inputs(PDL)
     blocks = tl.cdiv(tokens, BLOCK_S)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * BLOCK_S + tl.arange(0, BLOCK_S)[:, None, None]
@@ -165,7 +182,7 @@ def _rotate(q, k, cos, sin, positions, interleaved, inverse, v=None, caches=(Non
         k_out.shape[2] if block_table is None else page * block_table.shape[1], k_out.shape[0], heads_per_program,
         HQ=HQ, HK=HK, D=D, HALF=half, PAGE=page, INTERLEAVED=interleaved, INVERSE=inverse,
         BLOCK_S=tile.block_s, BLOCK_H=tile.block_h, BLOCK_HALF=tile.block_half, BLOCK_REST=tile.block_rest,
-        num_warps=tile.warps,
+        num_warps=tile.warps, **(dependence(q) if S == 1 else {"PDL": False}),
     )  # fmt: skip
     return q_out, k_out
 

@@ -223,3 +223,24 @@ def linear(arch, columns, itemsize, swiglu, rows, group=None):
         return Linear(block_m, 256, 128, 4, 4, 1)
     long = columns >= 2048 and itemsize == 2 and not swiglu
     return Linear(block_m, 16, (256 if long else 128) // itemsize, 4, 4, 4)
+
+
+LANES = 128  # ids of a group: 16 bytes of bfloat16 for each of 16 threads
+
+
+@dataclass(frozen=True)
+class Choose:
+    """`block` logits a program; `groups`, a power of two, holds all groups of LANES ids. registers: a limit, None is ptxas' own."""
+
+    block: int
+    groups: int
+    warps: int
+    registers: int | None = None
+
+
+@tunable
+def choose(arch, vocabulary):
+    """The choice of the next id: 16 bytes of bfloat16 a thread, which spreads a usual vocabulary over 24 to 128 multiprocessors;
+    what one program does at the end of a row has as many threads. On sm_100 ptxas spills a few registers rather than pass 128,
+    unless it is told that it may."""
+    return Choose(2048, next_power_of_2(-(-vocabulary // LANES)), 8, 168 if arch == 100 else None)

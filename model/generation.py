@@ -8,6 +8,7 @@ import torch
 from ..kernels.decode import counters
 from ..kernels.dispatch import observe
 from ..kernels.frequencies import same_frequencies
+from ..kernels.sampling import advance, choose_, is_greedy, sample, settle_, start
 from .llama import KVCache
 
 
@@ -88,7 +89,7 @@ def generate(
 
 
 class Prefill:
-    """The hidden states [B, N] after the prompts and the new ids so far, of all of them anew; with a cache or without (None)."""
+    """The logits [B, rows of lm_head] after the prompts and the new ids so far, of all of them anew; with a cache or without."""
 
     def __init__(self, model, prompt, lengths, cache):
         self.model, self.prompt, self.lengths, self.cache = model, prompt, lengths, cache
@@ -110,7 +111,7 @@ class Prefill:
         hidden = self.model.hidden_states(ids[:, begin:], self.cache)[self.rows, lengths - 1 - begin]
         if self.cache is not None:
             self.cache.lengths.copy_(lengths)  # what the padding wrote lies behind the ends and is overwritten
-        return hidden
+        return self.model.lm_head(hidden)
 
 
 class Step:
@@ -124,11 +125,11 @@ class Step:
     def __init__(self, model, cache, prompt, state, ends, options, own):
         rows, device = len(prompt), prompt.device
         self.model, self.cache, self.state, self.ends, self.options = model, cache, state, ends, options
-        self.shortens = own
+        self.lengths = cache.lengths if own else None  # which become 0 where a row has ended
         self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.finished = torch.zeros((), dtype=torch.bool, device=device)
-        self.seen, self.greedy = None, options["temperature"] < 1e-5 and options["repetition_penalty"] is None
+        self.seen = None
         if options["repetition_penalty"] is not None:
             self.seen = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=device).scatter_(1, prompt, True)
         self.graphs = device.type == "cuda" and model.ranks.size == 1
@@ -150,26 +151,26 @@ class Step:
             self.replay()
 
     def work(self):
-        self.choose(self.model.hidden_states(self.ids[:, None], self.cache)[:, -1])
+        self.choose(self.model.step(self.ids, self.cache))
 
-    def choose(self, hidden):
-        """The id that follows each of the hidden states [B, N]."""
-        if self.greedy:
-            ids = self.model.likeliest(hidden)
+    def choose(self, logits):
+        """The ids that follow, from the logits [B, rows of lm_head] of this rank."""
+        follows = {"ends": self.ends, "seen": self.seen, "lengths": self.lengths}
+        ranks, vocabulary = self.model.ranks, self.model.config.vocab_size
+        if ranks.size == 1:
+            choose_(logits, self.ids, self.ended, self.finished, state=self.state, **follows, **self.options)
+            return
+        if is_greedy(self.options["temperature"]) and self.seen is None:
+            new = ranks.argmax(logits.float(), vocabulary)
         else:
-            ids = self.model.ranks.same(sample(self.model.head(hidden), self.state, seen=self.seen, **self.options))
+            new = ranks.same(sample(ranks.gather(logits.float(), vocabulary), self.state, seen=self.seen, **self.options))
             self.state.copy_(advance(self.state))
-        self.ids.copy_(torch.where(self.ended, self.ids, ids))
-        if self.seen is not None:
-            self.seen.scatter_(1, self.ids[:, None], True)
-        self.end((self.ids[:, None] == self.ends).any(-1))
+        settle_(new, self.ids, self.ended, self.finished, **follows)
 
     def end(self, rows):
         """The rows (bools) end here. They cost nothing from now on: their caches are as if empty."""
         self.ended |= torch.as_tensor(rows, device=self.ended.device)
-        self.finished.copy_(self.ended.all())
-        if self.shortens:
-            self.cache.lengths.masked_fill_(self.ended, 0)
+        settle_(self.ids, self.ids, self.ended, self.finished, self.ends, self.seen, self.lengths)
 
 
 def capture(work):
@@ -199,75 +200,7 @@ def warmup(model, *, batch=1, prompt=16, max_length=None):
     return {kernel.__name__.strip("_"): variants(kernel) - count for kernel, count in before.items()}
 
 
-# --- sampling: functions of tensors alone, of fixed shapes and read by no host, so that a CUDA graph can hold them -----------
-
-
-def sample(logits, state, *, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None, seen=None):
-    """One id [B] a row, drawn from logits [B, vocab_size] as `generate` describes.
-
-    state: int64 [B], of `start` and `advance`. seen: bool [B, vocab_size], the ids that a row has, for the repetition_penalty.
-    """
-    if repetition_penalty is not None:
-        logits = penalise(logits, seen, repetition_penalty)
-    if temperature < 1e-5:
-        return logits.argmax(-1)
-    # Of exponential clocks with rates p each is the first with probability p.
-    return (warp(logits, temperature, top_k, top_p, min_p).softmax(-1) / clocks(state, logits.shape[-1])).argmax(-1)
-
-
-def penalise(logits, seen, penalty):
-    """The logits of ids in `seen` are divided by the penalty, or multiplied if negative (Keskar et al. 2019, arXiv:1909.05858)."""
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def warp(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """Logits divided by the temperature, the largest of a row 0; those that are not to be drawn are -inf."""
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p is not None:  # Holtzman et al. 2020, arXiv:1904.09751
-        ascending, order = logits.sort(-1)
-        beyond = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        beyond[:, -1] = False
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-    if min_p:  # Nguyen et al. 2024, arXiv:2407.01082; the largest is 0
-        logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
-    return logits
-
-
-# Draws are a function of seed, row, step and id: splitmix64 (Steele, Lea and Flood 2014), whose output is a hash of a counter. A
-# generator's draws would depend on how many rows there are, and its state would have to be kept out of a graph.
-GOLDEN, MIX_1, MIX_2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # as int64
-
-
-def start(seed, rows, device):
-    """The state [B] of the first step: of each row a counter that begins where seed and row say."""
-    return mix(mix(torch.tensor(seed)) + torch.arange(rows)).to(device)
-
-
-def advance(state):
-    """The state of the next step."""
-    return state + GOLDEN
-
-
-def clocks(state, size):
-    """Draws [B, size] in float32, exponentially distributed with mean 1, all above 0 and finite."""
-    counter = torch.arange(size, device=state.device) * GOLDEN + mix(state)[:, None]
-    uniform = (_shift(mix(counter), 1).float() + 0.5) * 2.0**-63  # small ones keep all their bits: they decide
-    return -torch.log1p(-uniform.clamp(max=1 - 2.0**-24))
-
-
-def mix(z):
-    """A bijection of int64 in which every bit of the argument moves half the bits of the result."""
-    z = (z ^ _shift(z, 30)) * MIX_1
-    z = (z ^ _shift(z, 27)) * MIX_2
-    return z ^ _shift(z, 31)
-
-
-def _shift(z, bits):
-    """z >> bits of an unsigned number."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+# --- ends, arguments -------------------------------------------------------------------------------------------------------
 
 
 class _Flag:

@@ -16,6 +16,7 @@ from .. import kernels
 from ..kernels import QuantizedWeight, add_rms_norm, apply_rope, flash_attention, quantize, rms_norm, rope_tables, swiglu
 from ..kernels.dispatch import backend, unwatched
 from ..kernels.frequencies import same_frequencies
+from ..kernels.sampling import embed_next_
 from .config import Config
 from .parallel import ALONE
 
@@ -117,10 +118,6 @@ class Llama(nn.Module):
         """Logits [..., vocab_size] in float32 of hidden states [..., N]."""
         return self.ranks.gather(self.lm_head(hidden).float(), self.config.vocab_size)
 
-    def likeliest(self, hidden):
-        """The id with the largest logit of each of hidden states [B, N]."""
-        return self.ranks.argmax(self.lm_head(hidden).float(), self.config.vocab_size)
-
     def hidden_states(self, input_ids, cache=None, positions=None):
         """What the head sees of the tokens input_ids [B, S]: [B, S, N], after the last norm.
 
@@ -138,14 +135,37 @@ class Llama(nn.Module):
             if cache is not None:
                 positions = cache.advance(B, S)
             rope = self.rope(length, length if cache is None else cache.max_length, input_ids.device)
-            x, residual = self.ranks.embed(self.model.embed_tokens, input_ids, self.config.vocab_size), None
-            if cache is not None and B * S <= FEW_ROWS and self.ranks.size == 1 and compiled(x):
-                through = compiled(x).decode_layers(x, self.model.layers, rope, positions, cache)
-                if through is not None:
-                    return self.model.norm(through)[0]
-            for block in self.model.layers:
-                x, residual = block(x, residual, rope, positions, cache)
-            return self.model.norm(x, residual)[0]
+            x = self.ranks.embed(self.model.embed_tokens, input_ids, self.config.vocab_size)
+            return self.model.norm(*self.blocks(x, rope, positions, cache))[0]
+
+    def blocks(self, x, rope, positions, cache):
+        """What the last norm takes: x and the residual to be added to it, or None."""
+        if cache is not None and x.shape[:-1].numel() <= FEW_ROWS and self.ranks.size == 1 and compiled(x):
+            through = compiled(x).decode_layers(x, self.model.layers, rope, positions, cache)
+            if through is not None:
+                return through, None
+        residual = None
+        for block in self.model.layers:
+            x, residual = block(x, residual, rope, positions, cache)
+        return x, residual
+
+    def step(self, ids, cache):
+        """The decode step: logits [B, rows of lm_head], in the dtype of the weights, of what follows ids int64 [B] in the cache.
+
+        The same as `hidden_states` and `lm_head`, with as few launches as there can be: one before the layers and one behind.
+        """
+        cache.reserve(1)
+        table, norm, head = self.model.embed_tokens, self.model.norm, self.lm_head
+        rope = self.rope(cache.filled, cache.max_length, ids.device)
+        if self.ranks.size == 1:
+            x, positions = embed_next_(ids, table.weight, cache.lengths)
+        else:
+            x = self.ranks.embed(table, ids[:, None], self.config.vocab_size)
+            positions = cache.count(1)
+        x, residual = self.blocks(x, rope, positions, cache)
+        if residual is not None:
+            return head(norm(x, residual)[0])[:, 0]
+        return (compiled(x) or ops(x)).decode_linear(x[:, 0], head.weight, norm=norm.weight, eps=norm.eps)
 
 
 class KVCache:
@@ -180,6 +200,10 @@ class KVCache:
         if batch != self.batch:
             raise ValueError(f"input_ids has {batch} rows, expected {self.batch} as the cache")
         self.reserve(tokens)
+        return self.count(tokens)
+
+    def count(self, tokens):
+        """The device's part of `advance`."""
         self.lengths += tokens
         if tokens == 1:
             return (self.lengths - 1)[:, None]

@@ -4,7 +4,13 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from trillama.kernels import use_backend
+from trillama.kernels.decode import counters
+from trillama.kernels.dispatch import observe
+from trillama.kernels.sampling import start
 from trillama.model import KVCache, Llama
+from trillama.model.generation import Step
 
 SHAPES = {
     "llama": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -31,6 +37,64 @@ def test_six_launches_a_layer(triton, device, shape, batch):
         model(torch.randint(64, (batch, 1), device=device), cache)
     layer = ["_linear_kernel", "_rope_kernel", "_decode_kernel", *3 * ["_linear_kernel"]]
     assert triton.names == LAYERS * layer + ["_rms_norm_kernel", "_linear_kernel"]
+
+
+class Library(TorchDispatchMode):
+    """The ops of PyTorch itself that put a kernel on a GPU: those that are neither a view nor uninitialised memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and not str(function).startswith(("aten.empty", "aten.new_empty", "aten._unsafe_view")):
+            self.names.append(str(function))
+        return result
+
+
+OPTIONS = {
+    "greedy": {},
+    "sampled": {"temperature": 0.8},
+    "all": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2},
+}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", ["llama", "phi3"])
+def test_three_launches_beside_the_layers(device, shape, options, batch, monkeypatch):
+    """From id to id, PyTorch's own kernels counted too: the embedding with the lengths, the head with its norm, the choice."""
+    default = {"temperature": 0.0, **dict.fromkeys(("top_k", "top_p", "min_p", "repetition_penalty"))}
+    model, made = make(shape).to(device), []
+    cache, prompt = KVCache(model.config, batch, 64, device=device), torch.randint(64, (batch, 9), device=device)
+    ends = torch.tensor([0], device=device)
+
+    def note(kernel, *_):  # and leave it out
+        made.append(getattr(kernel, "fn", kernel).__name__)
+        return True
+
+    with torch.inference_mode(), counters(device):
+        with use_backend("reference"):
+            step = Step(model, cache, prompt, start(1, batch, device), ends, {**default, **OPTIONS[options]}, True)
+            step.choose(model.lm_head(model.hidden_states(prompt, cache)[:, -1]))
+        model.rope(9, 64, prompt.device)
+        # As it is without a mode: our functions are called past the dispatcher, so that the mode sees what they call.
+        monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+        with use_backend("triton"), observe(note), Library() as library:
+            step.work()
+    layer = ["_linear_kernel", "_rope_kernel", "_decode_kernel", *3 * ["_linear_kernel"]]
+    assert made == ["_embed_kernel", *LAYERS * layer, "_linear_kernel", "_choose_kernel"]
+    assert library.names == []
+    assert len(made) + len(library.names) <= 6 * LAYERS + 4
+
+
+@pytest.mark.host
+def test_kernels_of_the_library_would_be_seen(device):
+    with Library() as library:
+        torch.zeros(3, device=device).add_(1)[:, None].sum()
+    assert library.names == ["aten.zeros.default", "aten.add_.Tensor", "aten.sum.default"]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="there a BLAS sums one row and eight in different order")
