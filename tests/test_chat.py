@@ -71,7 +71,7 @@ def test_only_new_tokens_are_computed(parts):
     model, tokenizer = parts
     options = {"temperature": 1.0, "seed": 3, "max_new_tokens": 12}
     dialogue, computed, held, anew = Dialogue(model, tokenizer, **options), [], [], 0
-    hook = model.model.embed_tokens.register_forward_hook(lambda _, args, out: computed.append(args[0].shape[1]))
+    hook = model.model.layers[0].register_forward_hook(lambda _, args, out: computed.append(args[0].shape[1]))
     try:
         for text in ("the capital", "of France", "is Paris", "a b c"):
             computed.clear()
@@ -241,7 +241,7 @@ def test_interrupted_answer_stays_in_the_dialogue(parts):
     assert (answer.end, len(answer.ids)) == ("interrupt", 11)
     assert dialogue.messages[-1] == {"role": "assistant", "content": "".join(shown)}
     ids = tokenizer.apply_chat_template([*dialogue.messages, {"role": "user", "content": "the other"}])
-    hook = model.model.embed_tokens.register_forward_hook(lambda _, args, out: computed.append(args[0].shape[1]))
+    hook = model.model.layers[0].register_forward_hook(lambda _, args, out: computed.append(args[0].shape[1]))
     dialogue.max_new_tokens = 9
     try:
         after = dialogue.answer("the other", lambda piece: None)

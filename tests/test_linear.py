@@ -205,7 +205,7 @@ def test_quantised_weights_are_as_close_as_their_bits_allow(bits, group):
 def test_quantised_products(triton, poisoned, device, dtype, bits, group, fused, rows):
     if FEW and (group == 64 or rows == 3 or len(fused) == 1 or (len(fused) == 2 and rows == 1)):
         pytest.skip("compiled and emulated: seconds each")
-    x, weight, options = arguments(rows, 640, 34, dtype, **fused)
+    x, weight, options = arguments(rows, 640, 34 if FEW else 130, dtype, **fused)  # one outlier among few would decide
     run(device, x, quantize(weight, bits, group), options)
     assert triton.names == ["_linear_kernel"]
 

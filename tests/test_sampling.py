@@ -122,7 +122,11 @@ def test_the_cut_is_exact(triton, device, name, value):
 
 
 @pytest.mark.skipif(FEW, reason="many draws")
-@pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.85}, {"top_k": 14, "top_p": 0.9, "min_p": 0.04}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.slow), {"top_k": 9}, {"top_p": 0.85}, {"top_k": 14, "top_p": 0.9, "min_p": 0.04}],
+    ids=str,
+)
 def test_frequencies(triton, device, options):
     """Within 5 standard deviations of probabilities in float64."""
     logits, n = torch.randn(1, 20, device=device) * 2, 60 if options else 1000
