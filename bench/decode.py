@@ -167,6 +167,8 @@ def measure(model, rival, batch, prompt, new, rounds, bandwidth, dtype):
     ours(model, ids, 4)
     if rival:
         rival(ids, 4)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     runs, rivals = [], []
     for _ in range(rounds):
         runs.append(summary(ours(model, ids, new), batch, prompt))
@@ -245,7 +247,7 @@ def show_card(c):
 
 
 def show_header(against):
-    columns = "batch prompt  new |   prefill  tokens/s |  ms/step      p95  tokens/s    bound  of it"
+    columns = "batch prompt  new |      TTFT  tokens/s |  ms/step      p95  tokens/s    bound  of it |  peak MB"
     print(columns + (" |  hf tok/s  decode prefill" if against else ""))
 
 
@@ -253,7 +255,7 @@ def show_row(r):
     text = (
         f"{r['batch']:5d} {r['prompt']:6d} {r['new']:4d} | {r['prefill_s'] * 1e3:7.1f}ms {r['prefill_tokens_per_s']:9.1f} | "
         f"{r['decode_ms_median']:8.2f} {r['decode_ms_p95']:8.2f} {r['decode_tokens_per_s']:9.1f} "
-        f"{r['bound_tokens_per_s']:8.1f} {r['fraction_of_bound']:6.0%}"
+        f"{r['bound_tokens_per_s']:8.1f} {r['fraction_of_bound']:6.0%} | {r['peak_memory_bytes'] / 1e6:8.0f}"
     )
     if "hf" in r:
         text += f" | {r['hf']['decode_tokens_per_s']:9.1f} {r['decode_against_hf']:6.2f}x {r['prefill_against_hf']:6.2f}x"
