@@ -22,7 +22,7 @@ from typing import Optional
 import torch
 
 from . import reference, tuning
-from .dispatch import WIDEN, architecture, call, cdiv, check, check_same, jit, launch, register, scratch, tl, uses_triton
+from .dispatch import WIDEN, architecture, call, cdiv, check, check_same, jit, launch, nvidia, register, scratch, tl, uses_triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -468,8 +468,13 @@ def _dkv_kernel(
 
 
 def _precision(x):
-    """float32 means float32, unless the user has allowed TF32 in torch."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """float32 means float32, unless the user has allowed TF32 in torch: three products of tensor cores (Ootomo and Yokota 2022,
+    arXiv:2203.03341), as scalar multiplications keep whole rows of both operands in registers. AMD has only those."""
+    if x.dtype != torch.float32:
+        return "ieee"
+    if torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "tf32x3" if nvidia(x) else "ieee"
 
 
 def _strides(x, starts):

@@ -125,6 +125,13 @@ def architecture(x):
     return arch if isinstance(arch, int) else 80  # AMD: "gfx942"
 
 
+def nvidia(x):
+    """Whether the device that `x` is on, or the one Triton compiles for, is NVIDIA's."""
+    if x.is_cuda:
+        return torch.version.hip is None
+    return not INTERPRETED and triton is not None and triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
 _capabilities = {}
 
 

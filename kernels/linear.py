@@ -219,7 +219,8 @@ def _fused(x, weight, scale, minimum, norm, eps, residual, activation, bias):
         _strides(x, strides[0]), weight.stride(), None if scale is None else scale.stride(0),
         None if norm is None else norm.stride(0), None if bias is None else bias.stride(0), _strides(residual, strides[-1]),
         K=K, SWIGLU=activation == "swiglu", BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SLICES=tile.slices,
-        PRECISION=_precision(x), OFFSET=_OFFSETS[x.dtype], num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        PRECISION="ieee" if minimum is not None else _precision(x), OFFSET=_OFFSETS[x.dtype],
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         **dependence(x),
     )  # fmt: skip
     return out

@@ -62,9 +62,9 @@ def rows(n, itemsize, tensors=1):
     """
     block_n = next_power_of_2(n)
     per_thread = 64 // itemsize
-    widest = (65536 if itemsize == 2 else 32768) // (2 if tensors == 1 else 4)
+    widest = 65536 // itemsize if tensors == 1 else 8192
     if block_n > widest:  # a held row would spill
-        return Rows(1, 8192, 8)
+        return Rows(1, 8192 if tensors == 1 else 4096, 8)
     warps = max(1, min(32, block_n // (32 * per_thread)))
     if warps >= 4:
         return Rows(1, block_n, warps)
@@ -166,7 +166,7 @@ def block_d(head_dim):
 def attention(arch, head_dim, itemsize):
     """The forward pass of attention."""
     if itemsize == 4:
-        return Attention(64, 32, 4, 2) if head_dim <= 64 else Attention(32, 32, 4, 2)
+        return Attention(32, 32, 4, 2) if head_dim <= 64 else Attention(32 if head_dim <= 128 else 16, 16, 8, 2)
     if head_dim <= 64:
         return Attention(128, 64, 4, 3, arch >= 90)
     if head_dim <= 128:
@@ -178,7 +178,9 @@ def attention(arch, head_dim, itemsize):
 def attention_backward(arch, head_dim, itemsize):
     """The backward pass: the kernel for dq, which walks the keys, and the one for dk and dv, which walks the queries."""
     if itemsize == 4:
-        return Attention(32, 32, 4, 2), Attention(32, 32, 4, 2)
+        if head_dim <= 64:
+            return Attention(32, 32, 4, 1), Attention(32, 32, 4, 1)
+        return Attention(16, 16, 8, 1), Attention(32 if head_dim <= 128 else 16, 16, 8, 1)
     edges = None if arch == 90 else 1  # one tile at a time: a loop so short, pipelined, costs too many registers
     if head_dim <= 64:
         return Attention(128, 64, 8, 2), Attention(64 if arch in (90, 100) else 32, 128, 8, 2, edge_stages=edges)
