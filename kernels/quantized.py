@@ -119,9 +119,8 @@ def quantize(weight, bits=8, group=32):
 
 
 def _round_up(scale):
-    """To bfloat16, not below: the largest weight must stay in range."""
-    rounded = scale.bfloat16()
-    return torch.where(rounded.float() < scale, rounded * (1 + 2**-7), rounded)
+    """float32 from 0 on to bfloat16, not below: the largest weight must stay in range."""
+    return ((scale.contiguous().view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32).bfloat16()
 
 
 def _divisor(scale):
