@@ -218,16 +218,24 @@ def _columns(h, sums, weight, scale, minimum, bias, residual, begin, end, out):
             out[m, n] = _narrow(value, out)
 
 
+@_jit
+def _sum(x):
+    """In a local variable: whether a sum in memory is made in vectors depends on where the arrays happen to lie."""
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        total += x[i]
+    return total
+
+
 @_parallel
 def _product(x, norm, eps, weight, scale, minimum, bias, residual, out):
     """`decode_linear` of x [M, K] into out; norm, bias and residual have no rows if they are absent."""
     (M, K), columns, groups = x.shape, out.shape[1], scale.shape[1]
-    h, sums = np.empty((M, K), np.float32), np.zeros((M, groups), np.float32)
+    h, sums = np.empty((M, K), np.float32), np.empty((M, groups), np.float32)
     for m in range(M):
         _row(x[m], norm, eps, h[m])
         for group in range(groups):
-            for k in range(group * (K // groups), (group + 1) * (K // groups)):
-                sums[m, group] += h[m, k]
+            sums[m, group] = _sum(h[m, group * (K // groups) : (group + 1) * (K // groups)])
     for part in prange((columns + ROWS - 1) // ROWS):
         _columns(h, sums, weight, scale, minimum, bias, residual, part * ROWS, min(columns, (part + 1) * ROWS), out)
 
