@@ -1,9 +1,10 @@
 """A decode step on a CPU, compiled by Numba: all layers in one call, `decode_layers`, and the head's product, `decode_linear`.
 
 PyTorch's products of one row reach 25 to 90 % of the memory's bandwidth, depending on vendor and dtype, and every call of it costs
-as much as reading a small weight. Here every core streams rows of the weight: each is widened to float32 in L1 once and multiplied
-with all rows of x; norm, SwiGLU and residual ride along, and only results are rounded, as in the Triton kernels. All sums are in
-float32, in an order that depends on the weight or a sequence's own length alone: a row has the same bits whatever its neighbours.
+as much as reading a small weight. Here every core streams rows of the weight, each read from memory once for all rows of x and
+widened to float32 in registers; norm, SwiGLU and residual ride along, and only results are rounded, as in the Triton kernels. All
+sums are in float32, in an order that depends on the weight or a sequence's own length alone: a row has the same bits whatever its
+neighbours.
 
 Weights are passed by address: turning a tensor into an array costs more than many of them take to multiply. What these kernels do
 not take (other dtypes, more rows) is left to `reference`. Imported when a step first needs it; the machine code is kept on disk.
@@ -21,10 +22,11 @@ from numba import prange, types
 from numba.extending import intrinsic, overload
 
 from . import reference
+from .linear import ROWS
 from .quantized import QuantizedWeight
 
 WORTH = 2**24  # bytes: smaller weights are read in a millisecond, which never pays for seconds of compiling
-ROWS = 8  # of x at most; and of a weight that a core takes at a time
+CHUNK = 8  # rows of a weight that a core takes at a time
 SPLIT = 128  # keys that a core takes at a time
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}  # sums in vectors; NaN and infinity stay what they are
 
@@ -230,14 +232,14 @@ def _sum(x):
 @_parallel
 def _product(x, norm, eps, weight, scale, minimum, bias, residual, out):
     """`decode_linear` of x [M, K] into out; norm, bias and residual have no rows if they are absent."""
-    (M, K), columns, groups = x.shape, out.shape[1], scale.shape[1]
+    (M, K), columns, groups = x.shape, out.shape[1], minimum.shape[1]
     h, sums = np.empty((M, K), np.float32), np.empty((M, groups), np.float32)
     for m in range(M):
         _row(x[m], norm, eps, h[m])
         for group in range(groups):
             sums[m, group] = _sum(h[m, group * (K // groups) : (group + 1) * (K // groups)])
-    for part in prange((columns + ROWS - 1) // ROWS):
-        _columns(h, sums, weight, scale, minimum, bias, residual, part * ROWS, min(columns, (part + 1) * ROWS), out)
+    for part in prange((columns + CHUNK - 1) // CHUNK):
+        _columns(h, sums, weight, scale, minimum, bias, residual, part * CHUNK, min(columns, (part + 1) * CHUNK), out)
 
 
 @_jit

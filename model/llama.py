@@ -140,10 +140,11 @@ class Llama(nn.Module):
 
     def blocks(self, x, rope, positions, cache):
         """What the last norm takes: x and the residual to be added to it, or None."""
-        if cache is not None and x.shape[:-1].numel() <= FEW_ROWS and self.ranks.size == 1 and compiled(x):
-            through = compiled(x).decode_layers(x, self.model.layers, rope, positions, cache)
-            if through is not None:
-                return through, None
+        few = cache is not None and x.shape[:-1].numel() <= FEW_ROWS and self.ranks.size == 1
+        cpu = compiled(x) if few else None
+        through = cpu.decode_layers(x, self.model.layers, rope, positions, cache) if cpu else None
+        if through is not None:
+            return through, None
         residual = None
         for block in self.model.layers:
             x, residual = block(x, residual, rope, positions, cache)
