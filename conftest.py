@@ -12,7 +12,6 @@ Formulas in float64 and the comparison rules are in tests/oracle.py.
 """
 
 import importlib.util
-import inspect
 import os
 
 import pytest
@@ -36,27 +35,11 @@ def pytest_configure(config):
         # Triton decides at import, for its own library too, so this must come before anything imports it.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        _quicken()
+        from trillama.bench.traffic import quicken
+
+        quicken()
     if config.getoption("--benchmark") and config.args_source.name != "ARGS":
         config.args[:] = [str(config.rootpath / "bench" / "bench_kernels.py")]
-
-
-def _quicken():
-    """At every call of a function, Triton's interpreter looks through all of triton.language for what to replace by its own: a
-    quarter of the time of the tests. The names are always the same, and inside of a kernel they are replaced already."""
-    from triton.language.core import is_builtin
-    from triton.runtime import interpreter
-
-    names = {}
-
-    def patch_builtin(module, *rest):
-        if module not in names:
-            names[module] = [name for name, member in inspect.getmembers(module) if is_builtin(member)]
-        if names[module] and is_builtin(getattr(module, names[module][0])):
-            for name in names[module]:
-                interpreter._patch_attr(module, name, getattr(module, name), *rest)
-
-    interpreter._patch_builtin = patch_builtin
 
 
 @pytest.hookimpl(tryfirst=True)

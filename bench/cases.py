@@ -207,6 +207,30 @@ def _products(a):
     return 4 * B * H * D * (S * T - S * (S - 1) // 2)
 
 
+def _embed(c, make):
+    table = make(c.m.vocab, c.m.hidden)
+    ids, lengths = (torch.zeros(c.batch, dtype=dtype, device=table.device) for dtype in (torch.int64, torch.int32))
+    return {"ids": ids, "table": table, "lengths": lengths}
+
+
+def _choice(**options):
+    def inputs(c, make):
+        logits = make(c.batch, c.m.vocab)
+
+        def zeros(dtype, *shape):
+            return torch.zeros(shape, dtype=dtype, device=logits.device)
+
+        ids, ends, state = (zeros(torch.int64, size) for size in (c.batch, 1, c.batch))
+        flags = {"ended": zeros(torch.bool, c.batch), "finished": zeros(torch.bool)}
+        return {"logits": logits, "ids": ids, **flags, "ends": ends, "state": state, **options}
+
+    return inputs
+
+
+def _vocabulary(c):
+    return f"vocabulary {c.m.vocab}"
+
+
 def _down(c, make):
     return {
         "x": make(c.batch, c.tokens, c.m.ffn), "weight": make(c.m.hidden, c.m.ffn), "residual": make(c.batch, c.tokens, c.m.hidden)
@@ -279,6 +303,17 @@ OPS = {
         "prefill", _attention, _heads, lambda a: size(a["q"], a["q"], a["k"], a["v"]),
         lambda a: 4 * size(a["q"]) + 4 * size(a["k"]) + 4 * a["q"].shape[:3].numel(), ("q", "k", "v"), _products, HEADS,
     ),
+    "embed_next_": Op(
+        "decode", _embed, _hidden, lambda a: size(a["ids"], a["lengths"], a["lengths"]) + 2 * a["table"][0].nbytes * len(a["ids"]),
+        models=WIDTHS[:-1],
+    ),
+    **{
+        name: Op(
+            "decode", _choice(**options), _vocabulary, lambda a: size(*(t for t in a.values() if isinstance(t, torch.Tensor))),
+            models=("SmolLM2-135M", "Llama-3.1-8B", "Qwen3-0.6B"), function="choose_",
+        )
+        for name, options in (("choose_", {}), ("choose_ cut", {"temperature": 0.8, "top_k": 50, "top_p": 0.95}))
+    },
     "decode_attention": Op(
         "decode", _decode, _heads, lambda a: size(a["q"], a["q"], a["k_cache"], a["v_cache"], a["lengths"]), flops=_products,
         models=HEADS,

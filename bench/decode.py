@@ -330,9 +330,7 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(ranks().device(args.device) or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = Llama.from_pretrained(
-        args.model, device=device, dtype=DTYPES.get(args.dtype), quantize=args.quantize, ranks=ranks()
-    )
+    model = Llama.from_pretrained(args.model, device=device, dtype=DTYPES.get(args.dtype), quantize=args.quantize, ranks=ranks())
     dtype = model.model.norm.weight.dtype
     longest = max(args.prompt) + args.new
     if longest > model.config.context_length:

@@ -65,6 +65,26 @@ class eager:
         scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).masked_fill(unseen, float("-inf"))
         return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
+    @staticmethod
+    def embed_next_(ids, table, lengths):
+        lengths += 1
+        return F.embedding(ids[:, None], table), (lengths - 1)[:, None]
+
+    @staticmethod
+    def choose_(logits, ids, ended, finished, ends, state, temperature=0.0, top_k=None, top_p=None):
+        logits = logits.float()
+        if temperature == 0:
+            new = logits.argmax(-1)
+        else:
+            logits = logits / temperature
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+            ascending, order = logits.sort(-1)
+            last = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+            unlikely = last.scatter(1, order, last)
+            new = logits.masked_fill(unlikely, float("-inf")).softmax(-1).multinomial(1)[:, 0]
+        ids.copy_(torch.where(ended, ids, new))
+        ended |= (ids[:, None] == ends).any(-1)
+        finished.copy_(ended.all())
 
     @staticmethod
     def decode_linear(x, weight, norm=None, residual=None, activation=None):

@@ -238,4 +238,3 @@ def widths(code, opcodes):
         if x.opcode in opcodes:
             counts["TMA" if x.opcode[0] == "U" else x.bits] += 1
     return dict(counts)
-

@@ -316,8 +316,11 @@ def _serve():
     from triton.runtime import cache
 
     from ..kernels.dispatch import INTERPRETED
+    from .traffic import quicken
 
-    if not INTERPRETED and hasattr(cache, "triton_key"):
+    if INTERPRETED:
+        quicken()
+    elif hasattr(cache, "triton_key"):
         cache.triton_key()  # a hash of all of Triton, which every compilation asks for: a second
     control = socket.socket(fileno=0)
     while connections := socket.recv_fds(control, 1, 1)[1]:
@@ -325,9 +328,6 @@ def _serve():
             _work(socket.socket(fileno=connections[0]).makefile("rw"))
             os._exit(0)
         os.close(connections[0])
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            os.wait()
 
 
 def _work(connection):
@@ -408,8 +408,7 @@ class Workers:
                 connection.close()
         for process, control in self.servers.values():
             control.close()
-            if not self.connections:
-                process.terminate()
+            process.kill()  # it would take two seconds to end by itself; its workers end with their connections
             process.wait()
 
 
@@ -569,7 +568,8 @@ LEGEND = (
 def _arguments():
     parser = Parser(prog="trillama xray", description="What the compiled kernels are made of. Needs no GPU.")
     add = parser.add_argument
-    add("ops", nargs="*", metavar="OP", help="default: all that there are")
+    add("ops", nargs="*", metavar="OP", help="default: all that there are, with their backwards")
+    add("--backward", action="store_true", help="the backward of OP too")
     add("--arch", nargs="+", metavar="ARCH", help=f"of {', '.join(ARCHITECTURES)} (default: {', '.join(USUAL)})")
     add("--dtype", nargs="+", metavar="DTYPE", default=["bf16"], help="bf16, fp16, fp32 (default: bf16)")
     add("--model", nargs="+", metavar="MODEL", help="take the shapes from these models (default: Llama-3.1-8B)")
@@ -598,7 +598,7 @@ def chosen(options):
     return [
         case(op, model, dtype=dtype, backward=backward)
         for op in ops
-        for backward in ((False, True) if OPS[op].differentiable else (False,))
+        for backward in ((False, True) if OPS[op].differentiable and (options.backward or not options.ops) else (False,))
         for dtype in dtypes
         for model in (models or (OPS[op].models if options.all else ("Llama-3.1-8B",)))
     ], architectures

@@ -11,8 +11,10 @@ from .modules import RMSNorm, SwiGLU
 from .quantized import QuantizedWeight, quantize
 from .rmsnorm import add_rms_norm, rms_norm
 from .rope import apply_rope, rope_append_
+from .sampling import choose_, embed_next_
 
 __all__ = [
-    "QuantizedWeight", "RMSNorm", "SwiGLU", "add_rms_norm", "apply_rope", "decode_attention", "decode_linear", "flash_attention",
-    "flash_attention_varlen", "quantize", "reference", "rms_norm", "rope_append_", "rope_tables", "swiglu", "use_backend",
+    "QuantizedWeight", "RMSNorm", "SwiGLU", "add_rms_norm", "apply_rope", "choose_", "decode_attention", "decode_linear",
+    "embed_next_", "flash_attention", "flash_attention_varlen", "quantize", "reference", "rms_norm", "rope_append_", "rope_tables",
+    "swiglu", "use_backend",
 ]  # fmt: skip

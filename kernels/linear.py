@@ -152,7 +152,7 @@ def _linear_kernel(
             inside = tl.arange(0, BLOCK_K // 2)[None, None, :]
             low = _activations(x_row, norm_ptr, rstd, live, first + inside, x_strides[3], norm_stride, K)
             high = _activations(x_row, norm_ptr, rstd, live, first + BLOCK_K // 2 + inside, x_strides[3], norm_stride, K)
-            one = tl.full((SLICES, BLOCK_N, BLOCK_K // 2), 1.0, low.dtype)
+            one = (tl.zeros((SLICES, BLOCK_N, BLOCK_K // 2), tl.float32) + 1.0).to(low.dtype)
             ones = _dot(one, high, _dot(one, low, None, PRECISION), PRECISION)
             mask = (n < columns) & (first < K)
             group, column = first // BLOCK_K, first // 2 + inside

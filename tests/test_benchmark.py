@@ -34,6 +34,10 @@ def test_the_others_compute_the_same(op, name):
     with use_backend("reference"):
         ours = c.prepare(inputs)()
         theirs = replace(c, engine=name).prepare(copies)()
+    if op == "choose_ cut":
+        return  # a draw: their distributions are compared in test_sampling.py
+    if op == "choose_":
+        ours, theirs = inputs["ids"], copies["ids"]
     for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (ours, theirs))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     for n in ("k_cache", "v_cache") if op == "rope_append_" else ():
@@ -58,6 +62,8 @@ def test_least_bytes_are_those_of_the_arguments(op):
     with use_backend("reference"):
         outputs = c.prepare(inputs)()
     tensors = [*inputs.values(), *(outputs if isinstance(outputs, tuple) else (outputs,))]
+    if op == "embed_next_":
+        tensors.append(tensors.pop(1)[:1])  # of the table one row
     total = sum(t.nbytes for t in tensors if isinstance(t, (torch.Tensor, QuantizedWeight)))
     if op == "rope_append_":  # the tables' rows of the tokens, the caches' new rows
         total -= sum(inputs[n].numel() * inputs[n].element_size() for n in ("cos", "sin", "k_cache", "v_cache"))

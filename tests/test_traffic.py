@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.host, pytest.mark.skipif(not INTERPRETED, reason="acce
 @jit
 def _shift(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y_ptr + i, tl.load(x_ptr + i, i < n) + tl.load(x_ptr + tl.minimum(i + 1, n - 1), i < n), i < n)
+    inside = (i < n) & (n > 0)  # of a vector and a number: integers in the interpreter
+    tl.store(y_ptr + i, tl.load(x_ptr + i, inside) + tl.load(x_ptr + tl.minimum(i + 1, n - 1), inside), inside)
 
 
 def test_the_counter_against_a_count_by_hand():
@@ -58,6 +59,16 @@ def test_row_kernels_move_the_least(op, backward, model):
 @pytest.mark.parametrize("model", ["Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B/8", "Llama-3.1-405B/8"])
 def test_row_kernels_of_all_widths_move_the_least(op, backward, model):
     test_row_kernels_move_the_least(op, backward, model)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("op", [op for op in available() if OPS[op].phase == "decode"])
+def test_decode_operators_read_the_least(op, precision):
+    """Weights, cache, table and logits once; a cut goes through the logits that it keeps several times more."""
+    c = traffic.small(case(op, "SmolLM2-135M", dtype=precision))
+    (one,) = traffic.count(c)
+    small = 64 * traffic.SECTOR  # ids, flags, counters and partial results: a sector each, however few their bytes
+    assert one.hbm <= (5 if op == "choose_ cut" else 1.03) * c.moved + small
 
 
 def test_dweight_costs_little_at_a_usual_number_of_rows():

@@ -151,7 +151,7 @@ def test_no_overlap_ceiling(arch, block_m, block_n, instructions, warps, ceiling
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     out, plot = tmp_path / "out.json", tmp_path / "plots" / "x.png"
-    argv = ["xray", "swiglu", "--model", "SmolLM2-135M", "--arch", "sm_90", "--json", str(out)]
+    argv = ["xray", "swiglu", "--backward", "--model", "SmolLM2-135M", "--arch", "sm_90", "--json", str(out)]
     pytest.importorskip("triton")
     assert main(argv) == 0
     text = capsys.readouterr().out
