@@ -209,8 +209,8 @@ def _products(a):
 
 def _embed(c, make):
     table = make(c.m.vocab, c.m.hidden)
-    ids, lengths = (torch.zeros(c.batch, dtype=dtype, device=table.device) for dtype in (torch.int64, torch.int32))
-    return {"ids": ids, "table": table, "lengths": lengths}
+    ids = torch.full((c.batch,), c.m.vocab - 1, dtype=torch.int64, device=table.device)
+    return {"ids": ids, "table": table, "lengths": torch.zeros(c.batch, dtype=torch.int32, device=table.device)}
 
 
 def _choice(**options):
