@@ -25,13 +25,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # --- what has to be moved --------------------------------------------------------------------------------------------
 
 
-def weight_bytes(model):
-    """Bytes of weights that one decode step reads: all but the input embedding, of which it reads a row (a tied embedding is
-    read once, as the head)."""
+def weight_bytes(model, batch=1):
+    """(Bytes of weights that one decode step reads, those of their values in the model's dtype): of all but the input embedding, of
+    which it reads a row (a tied embedding is read once, as the head). The first are fewer where a step reads copies."""
     table = model.model.embed_tokens.weight
     unique = {id(p): p.nbytes for p in model.parameters()}
     unique |= {id(m.weight): m.weight.nbytes for m in model.modules() if getattr(m, "quantized", False)}
-    return sum(unique.values()) - (0 if model.lm_head.weight is table else table.nbytes)
+    total = sum(unique.values()) - (0 if model.lm_head.weight is table else table.nbytes)
+    return total - sum(w.nbytes - copy.nbytes for w, copy in model.streamed(batch)), total
 
 
 def cache_bytes(model, dtype):
@@ -176,7 +177,7 @@ def measure(model, rival, batch, prompt, new, rounds, bandwidth, dtype):
             rivals.append(summary(rival(ids, new), batch, prompt))
     row = {"batch": batch, "prompt": prompt, "new": new, **typical(runs)}
     context = prompt + new / 2
-    read = weight_bytes(model) + batch * context * cache_bytes(model, dtype)
+    read = weight_bytes(model, batch)[0] + batch * context * cache_bytes(model, dtype)
     row["bytes_per_step"] = int(read)
     row["bound_tokens_per_s"] = batch * bandwidth / read
     row["fraction_of_bound"] = row["decode_tokens_per_s"] / row["bound_tokens_per_s"]
@@ -208,7 +209,7 @@ def card(model, source, dtype, device, bandwidth):
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     triton = backend() == "triton" or (backend() == "auto" and cuda and why_not_triton(device) is None)
-    weights, cache = weight_bytes(model), cache_bytes(model, dtype)
+    (weights, values), cache = weight_bytes(model), cache_bytes(model, dtype)
     head = model.lm_head
     parameters = sum(p.numel() for p in model.parameters()) + sum(
         m.weight.shape.numel()
@@ -225,6 +226,7 @@ def card(model, source, dtype, device, bandwidth):
         "path": "Triton" if triton else "reference",
         "torch": torch.__version__,
         "weight_bytes_per_step": weights,
+        "weight_bytes": values,
         "cache_bytes_per_position": cache,
         "streaming_bandwidth": bandwidth,
         "bound_tokens_per_s": bandwidth / weights,
@@ -233,10 +235,12 @@ def card(model, source, dtype, device, bandwidth):
 
 def show_card(c):
     shared = f"; this is rank 0 of {c['ranks']}, all-reduces are in no bound" if c["ranks"] > 1 else ""
+    fewer = c["weight_bytes_per_step"] < c["weight_bytes"]
+    narrowed = f", copies with exactly the values of {c['weight_bytes'] / 1e6:.1f} MB" if fewer else ""
     lines = (
         ("model", f"{c['model']}, {c['parameters'] / 1e6:.1f} M parameters, {c['quantize'] or c['dtype']}"),
         ("machine", f"{c['device']}; {c['path']} path; torch {c['torch']}{shared}"),
-        ("weights read per step", f"{c['weight_bytes_per_step'] / 1e6:.1f} MB"),
+        ("weights read per step", f"{c['weight_bytes_per_step'] / 1e6:.1f} MB{narrowed}"),
         ("cache per position", f"{c['cache_bytes_per_position'] / 1e3:.1f} kB"),
         ("streaming bandwidth", f"{c['streaming_bandwidth'] / 1e9:.1f} GB/s (measured: one long read)"),
         ("bound at batch 1", f"{c['bound_tokens_per_s']:.1f} tokens/s (bandwidth / weights; not a timing)"),

@@ -10,16 +10,21 @@ Weights are passed by address: turning a tensor into an array costs more than ma
 not take (other dtypes, more rows) is left to `reference`. Imported when a step first needs it; the machine code is kept on disk.
 """
 
+import contextlib
+import functools
 import logging
 import os
 import threading
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import reference
 from .linear import ROWS
@@ -28,11 +33,12 @@ from .quantized import QuantizedWeight
 WORTH = 2**24  # bytes: smaller weights are read in a millisecond, which never pays for seconds of compiling
 CHUNK = 8  # rows of a weight that a core takes at a time
 SPLIT = 128  # keys that a core takes at a time
+WHOLE = 2**31 - 1  # the columns that share a scale where a row has one
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}  # sums in vectors; NaN and infinity stay what they are
 
 _ELEMENTS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8, torch.uint8: np.uint8}
 _KIND = {dtype: np.empty(0, element) for dtype, element in _ELEMENTS.items()}  # tells a kernel the type of what an address holds
-_FLOAT, _HALF, _INT = np.empty(0, np.float32), np.empty(0, np.uint16), np.empty(0, np.int32)
+_FLOAT, _HALF, _INT, _BYTE = (np.empty(0, element) for element in (np.float32, np.uint16, np.int32, np.uint8))
 
 
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": FASTMATH}
@@ -55,15 +61,11 @@ def _entry(function):
 
 @intrinsic
 def _from_bits(context, bits):
-    from llvmlite import ir
-
     return types.float32(types.uint32), lambda context, builder, signature, values: builder.bitcast(values[0], ir.FloatType())
 
 
 @intrinsic
 def _to_bits(context, value):
-    from llvmlite import ir
-
     return types.uint32(types.float32), lambda context, builder, signature, values: builder.bitcast(values[0], ir.IntType(32))
 
 
@@ -134,84 +136,108 @@ def _row(x, norm, eps, out):
 # --- the product -----------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def _dot_groups(context, x, data, scale):
-    """x [K] times scale (q - 8), of 4-bit weights with data [K / 2] and scale [groups] as a `QuantizedWeight` has them.
+def _by_groups(begin, add, end):
+    """An intrinsic of x [K] and a row of weights that share scales in groups, as a `QuantizedWeight` has them: 4 bits with data
+    [K / 2], scale and minimum [groups], or 8 bits with data [K] and scale [groups]. Each weight is made as `dequantize` makes it,
+    but for one rounding. begin: two totals of 16 numbers; add: to one of them 16 columns; end: the result, of both.
 
-    In vectors of 16 bytes by hand: the compiler makes none of loops as short as half a group.
+    In vectors of 16 bytes by hand: the compiler makes none of loops as short as a group. Groups have a power of two of bytes.
     """
-    from llvmlite import ir
-    from numba.core import cgutils
 
-    index, byte, lane, real = (ir.IntType(64), *(ir.VectorType(t, 16) for t in (ir.IntType(8), ir.IntType(32), ir.FloatType())))
-    none, contract = ir.Constant(real, ir.Undefined), ["contract"]
+    @intrinsic
+    def function(context, x, data, scale, minimum):
+        packed, half = data.dtype == types.uint8, scale.dtype == types.uint16
 
-    def build(context, builder, signature, values):
-        x, data, scale = (context.make_array(t)(context, builder, a) for t, a in zip(signature.args, values))
-        size, groups = (builder.extract_value(a.shape, 0) for a in (data, scale))
-        half = builder.sdiv(size, groups)
-        total = cgutils.alloca_once_value(builder, ir.Constant(real, [0.0] * 16))
+        def build(context, builder, signature, values):
+            x, data, scale, minimum = (context.make_array(t)(context, builder, a) for t, a in zip(signature.args, values))
+            size, groups = (builder.extract_value(a.shape, 0) for a in (data, scale))
+            span = builder.sdiv(size, groups)
+            shift = builder.cttz(span, ir.IntType(1)(1))
+            totals = [cgutils.alloca_once_value(builder, begin) for _ in range(2)]
 
-        def load(array, at, vector):
-            return builder.load(builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer()), align=1)
+            def load(array, at, vector):
+                return builder.load(builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer()), align=1)
 
-        with cgutils.for_range_slice(builder, index(0), size, index(16), index) as (i, _):
-            group = builder.sdiv(i, half)
-            first = builder.add(i, builder.mul(group, half))
-            packed = load(data, i, byte)
-            low, high = builder.and_(packed, ir.Constant(byte, [15] * 16)), builder.lshr(packed, ir.Constant(byte, [4] * 16))
-            low, high = (builder.sub(q, ir.Constant(byte, [8] * 16)) for q in (low, high))
-            low, high = (builder.sitofp(builder.sext(q, lane), real) for q in (low, high))
-            product = builder.fmul(low, load(x, first, real), flags=contract)
-            other = builder.fmul(high, load(x, builder.add(first, half), real), flags=contract)
-            product = builder.fadd(product, other, flags=contract)
-            bits = builder.shl(builder.zext(builder.load(builder.gep(scale.data, [group])), ir.IntType(32)), ir.IntType(32)(16))
-            one = builder.insert_element(none, builder.bitcast(bits, ir.FloatType()), ir.IntType(32)(0))
-            scales = builder.shuffle_vector(one, none, ir.Constant(lane, [0] * 16))
-            builder.store(builder.fadd(builder.fmul(product, scales, flags=contract), builder.load(total), flags=contract), total)
-        result, lanes = builder.load(total), [ir.IntType(32)(i) for i in range(16)]
-        while len(lanes) > 1:  # in halves
-            lanes = lanes[: len(lanes) // 2]
-            upper = ir.Constant(lane, [(i + len(lanes)) % 16 for i in range(16)])
-            result = builder.fadd(result, builder.shuffle_vector(result, none, upper))
-        return builder.extract_element(result, lanes[0])
+            def spread(array, at):
+                value = builder.load(builder.gep(array.data, [at]))
+                if half:
+                    value = builder.bitcast(builder.shl(builder.zext(value, ir.IntType(32)), ir.IntType(32)(16)), ir.FloatType())
+                one = builder.insert_element(ir.Constant(_REALS, ir.Undefined), value, ir.IntType(32)(0))
+                return builder.shuffle_vector(one, one, ir.Constant(_LANES, [0] * 16))
 
-    return types.float32(x, data, scale), build
+            def take(total, w, at):
+                builder.store(add(builder, builder.load(total), w, load(x, at, _REALS)), total)
 
+            with cgutils.for_range_slice(builder, _INDEX(0), size, _INDEX(16), _INDEX) as (i, _):
+                group, q = builder.lshr(i, shift), load(data, i, _BYTES)
+                scales = spread(scale, group)
+                if packed:
+                    first, minima = builder.add(i, builder.shl(group, shift)), spread(minimum, group)  # a byte holds two columns
+                    low, high = builder.and_(q, ir.Constant(_BYTES, [15] * 16)), builder.lshr(q, ir.Constant(_BYTES, [4] * 16))
+                    for total, q, column in zip(totals, (low, high), (first, builder.add(first, span))):
+                        w = builder.fmul(builder.uitofp(builder.zext(q, _LANES), _REALS), scales, flags=_CONTRACT)
+                        take(total, builder.fadd(w, minima, flags=_CONTRACT), column)
+                else:
+                    take(totals[0], builder.fmul(builder.sitofp(builder.sext(q, _LANES), _REALS), scales), i)
+            return end(builder, *(builder.load(total) for total in totals))
 
-@_jit
-def _dot_middles(sums, scale, minimum):
-    """Sums [groups] of x times minimum + 8 scale: around the middle of the range, where weights lie, little cancels."""
-    total = np.float32(0)
-    for group in range(sums.shape[0]):
-        total += sums[group] * (_wide(minimum[group]) + np.float32(8) * _wide(scale[group]))
-    return total
+        return types.float32(x, data, scale, minimum), build
+
+    return function
 
 
-def _times(x, sums, weight, scale, minimum):
-    """x [K] times a row of the weight, with its scale and minimum; sums [groups] of the x that share them."""
+def _sum_of_lanes(builder, x, y):
+    result, lanes = builder.fadd(x, y), [ir.IntType(32)(i) for i in range(16)]
+    while len(lanes) > 1:  # in halves
+        lanes = lanes[: len(lanes) // 2]
+        upper = builder.shuffle_vector(result, result, ir.Constant(_LANES, [(i + len(lanes)) % 16 for i in range(16)]))
+        result = builder.fadd(result, upper)
+    return builder.extract_element(result, lanes[0])
+
+
+_INDEX, _LANES = ir.IntType(64), ir.VectorType(ir.IntType(32), 16)
+_BYTES, _REALS, _CONTRACT = ir.VectorType(ir.IntType(8), 16), ir.VectorType(ir.FloatType(), 16), ["contract"]
+_ZEROS = ir.Constant(_REALS, [0.0] * 16)
+
+_dot_groups = _by_groups(
+    _ZEROS,
+    lambda builder, total, w, x: builder.fadd(builder.fmul(w, x, flags=_CONTRACT), total, flags=_CONTRACT),
+    _sum_of_lanes,
+)
+# How many of the weights are not those of x; x that is not a number is none of them.
+_differences = _by_groups(
+    _ZEROS,
+    lambda builder, total, w, x: builder.fadd(total, builder.uitofp(builder.fcmp_unordered("!=", w, x), _REALS)),
+    _sum_of_lanes,
+)
+
+
+def _times(x, weight, scale, minimum):
+    """x [K] times a row of the weight, with its scales and minima."""
 
 
 @overload(_times, jit_options={"fastmath": FASTMATH})
-def _(x, sums, weight, scale, minimum):
+def _(x, weight, scale, minimum):
     if weight.dtype == types.uint8:
-        return lambda x, sums, weight, scale, minimum: _dot_groups(x, weight, scale) + _dot_middles(sums, scale, minimum)
+        return lambda x, weight, scale, minimum: _dot_groups(x, weight, scale, minimum)
+    if weight.dtype == types.int8 and scale.dtype == types.float32:
+        return lambda x, weight, scale, minimum: _dot_groups(x, weight, scale, minimum)
     if weight.dtype == types.int8:
-        return lambda x, sums, weight, scale, minimum: _dot(x, weight) * _wide(scale[0])
-    return lambda x, sums, weight, scale, minimum: _dot(x, weight)
+        return lambda x, weight, scale, minimum: _dot(x, weight) * _wide(scale[0])
+    return lambda x, weight, scale, minimum: _dot(x, weight)
 
 
 @_jit
-def _columns(h, sums, weight, scale, minimum, bias, residual, begin, end, out):
+def _columns(h, weight, scale, minimum, bias, residual, begin, end, out):
     """The columns begin .. end - 1 of out [M, N], of normalised x in float32; of a weight with 2 N rows the first half gates."""
     M, columns = out.shape
     for n in range(begin, end):
         for m in range(M):
-            value = _times(h[m], sums[m], weight[n], scale[n], minimum[n])
+            value = _times(h[m], weight[n], scale[n], minimum[n])
             if bias.shape[0] > 0:
                 value += _wide(bias[n])
             if weight.shape[0] > columns:
-                up = _times(h[m], sums[m], weight[n + columns], scale[n + columns], minimum[n + columns])
+                up = _times(h[m], weight[n + columns], scale[n + columns], minimum[n + columns])
                 if bias.shape[0] > 0:
                     up += _wide(bias[n + columns])
                 value = value / (np.float32(1) + np.exp(-value)) * up
@@ -220,37 +246,27 @@ def _columns(h, sums, weight, scale, minimum, bias, residual, begin, end, out):
             out[m, n] = _narrow(value, out)
 
 
-@_jit
-def _sum(x):
-    """In a local variable: whether a sum in memory is made in vectors depends on where the arrays happen to lie."""
-    total = np.float32(0)
-    for i in range(x.shape[0]):
-        total += x[i]
-    return total
-
-
 @_parallel
 def _product(x, norm, eps, weight, scale, minimum, bias, residual, out):
     """`decode_linear` of x [M, K] into out; norm, bias and residual have no rows if they are absent."""
-    (M, K), columns, groups = x.shape, out.shape[1], minimum.shape[1]
-    h, sums = np.empty((M, K), np.float32), np.empty((M, groups), np.float32)
+    M, columns = out.shape
+    h = np.empty(x.shape, np.float32)
     for m in range(M):
         _row(x[m], norm, eps, h[m])
-        for group in range(groups):
-            sums[m, group] = _sum(h[m, group * (K // groups) : (group + 1) * (K // groups)])
     for part in prange((columns + CHUNK - 1) // CHUNK):
-        _columns(h, sums, weight, scale, minimum, bias, residual, part * CHUNK, min(columns, (part + 1) * CHUNK), out)
+        _columns(h, weight, scale, minimum, bias, residual, part * CHUNK, min(columns, (part + 1) * CHUNK), out)
 
 
 @_jit
 def _linear(kinds, addresses, N, K, group):
-    """The arrays weight, scale, minimum and bias of four addresses. group: the columns that share a scale and a minimum, if any."""
-    kind, weight_kind = kinds
-    groups = K // group if addresses[2] != 0 else 1 if addresses[1] != 0 else 0
+    """The arrays weight, scale, minimum and bias of four addresses. group: the columns that share a scale and a minimum; a row's
+    where it has one for all."""
+    kind, weight_kind, scale_kind = kinds
+    groups = K // min(group, K)
     return (
         _array(addresses[0], weight_kind, (N, K // 2 if addresses[2] != 0 else K)),
-        _array(addresses[1], _HALF, (N, groups)),
-        _array(addresses[2], _HALF, (N, groups if addresses[2] != 0 else 0)),
+        _array(addresses[1], scale_kind, (N, groups if addresses[1] != 0 else 0)),
+        _array(addresses[2], scale_kind, (N, groups if addresses[2] != 0 else 0)),
         _array(addresses[3], kind, (N if addresses[3] != 0 else 0,)),
     )
 
@@ -364,6 +380,173 @@ def _attend(q, k, v, lengths, window, out):
                 _combine(maximum[mine, r], total[mine, r], values[mine, r], out[b, s, i])
 
 
+# --- weights in fewer bytes, of the same values -------------------------------------------------------------------------
+# A checkpoint in bfloat16, or a GGUF in 4 or 8 bits, that is loaded in float32 has two to five times the bytes that its values
+# need, and a step costs what reading them costs. So a step reads a copy in fewer bytes where there is one that stands for exactly
+# these values, found by looking at them, and looked at again at the beginning of every sequence: weights may have changed.
+
+COPIES = FOUR, EIGHT, UPPER = range(3)  # scale q + minimum, q in 4 bits (Q4_0, Q4_1); scale q in 8 (Q8_0); bfloat16
+GROUP = 32
+
+_exact = numba.njit(nogil=True, error_model="numpy")
+
+
+@_exact
+def _fp16_step(step):
+    """Rounded to the 11 bits that a float16 has: nearer than that a quotient of two weights is."""
+    bits = _to_bits(step)
+    return _from_bits((bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000))
+
+
+@_exact
+def _range(w):
+    """The least and the largest of GROUP weights, through integers in the order of floats: such loops are made in vectors."""
+    low, high = np.int32(0x7FFFFFFF), np.int32(-0x7FFFFFFF)
+    for i in range(GROUP):
+        bits = np.int32(_to_bits(w[i]))
+        key = bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        low, high = np.int32(min(low, key)), np.int32(max(high, key))
+    low, high = low ^ ((low >> np.int32(31)) & np.int32(0x7FFFFFFF)), high ^ ((high >> np.int32(31)) & np.int32(0x7FFFFFFF))
+    return _from_bits(np.uint32(low)), _from_bits(np.uint32(high))
+
+
+@_exact
+def _codes(w, scale, minimum, last, q):
+    """Integers 0 .. last to q [GROUP]; whether scale q + minimum are the weights."""
+    inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
+    wrong = np.int32(0)
+    for i in range(GROUP):
+        place = (w[i] - minimum) * inverse + np.float32(0.5)
+        place = place if place > 0 else np.float32(0)  # NaN too
+        q[i] = np.int32(place if place < last else last)
+        wrong |= np.int32(scale * np.float32(q[i]) + minimum != w[i])
+    return wrong == 0
+
+
+@_exact
+def _copy_row(form, w, data, upper, scale, minimum, q):
+    """A row of weights [K] into its copy; False if there is none."""
+    wrong = np.uint32(0)
+    if form == UPPER:
+        for i in range(w.shape[0]):
+            bits = _to_bits(w[i])
+            wrong |= bits & np.uint32(0xFFFF)
+            upper[i] = np.uint16(bits >> np.uint32(16))
+        return wrong == 0
+    for g in range(scale.shape[0]):
+        these = w[g * GROUP : (g + 1) * GROUP]
+        low, high = _range(these)
+        top = high if high > -low else low
+        if form == EIGHT:
+            # As 0 .. 254 from the lowest of them on: the products are exact, and so is their sum, which is the weight.
+            scale[g] = _fp16_step(abs(top) / np.float32(127))
+            if not _codes(these, scale[g], np.float32(-127) * scale[g], np.float32(254), q):
+                return False
+            for i in range(GROUP):
+                data[g * GROUP + i] = np.uint8(q[i] - np.int32(127))
+            continue
+        scale[g], minimum[g] = _fp16_step((high - low) / np.float32(15)), low
+        if not _codes(these, scale[g], minimum[g], np.float32(15), q):
+            scale[g], minimum[g] = top / np.float32(-8), top
+            if not _codes(these, scale[g], minimum[g], np.float32(15), q):
+                return False
+        for i in range(GROUP // 2):
+            data[g * (GROUP // 2) + i] = np.uint8(q[i] | (q[i + GROUP // 2] << np.int32(4)))
+    return True
+
+
+@_exact
+def _is_row(form, w, data, upper, scale, minimum):
+    """Whether a copy stands for the weights [K]."""
+    wrong = np.int32(0)
+    if form == UPPER:
+        for i in range(w.shape[0]):
+            wrong |= np.int32(_to_bits(w[i]) != np.uint32(upper[i]) << np.uint32(16))
+        return wrong == 0
+    if form == EIGHT:
+        return _differences(w, data.view(np.int8), scale, minimum) == 0
+    return _differences(w, data, scale, minimum) == 0
+
+
+@_entry
+def _copied(form, new, weight, data, scale, minimum, N, K, begin, end):
+    """Whether rows begin .. end - 1 of the copy have the values of the weight's [N, K], in float32; if new, after making them."""
+    groups, bytes = K // GROUP, K // 2 if form == FOUR else K if form == EIGHT else 0
+    weight, q = _array(weight, _FLOAT, (N, K)), np.empty(GROUP, np.int32)
+    data, upper = _array(data, _BYTE, (N, bytes)), _array(data, _HALF, (N, K - bytes))
+    scale = _array(scale, _FLOAT, (N, groups if scale != 0 else 0))
+    minimum = _array(minimum, _FLOAT, (N, groups if minimum != 0 else 0))
+    for n in range(begin, end):
+        if new:
+            if not _copy_row(form, weight[n], data[n], upper[n], scale[n], minimum[n], q):
+                return False
+        elif not _is_row(form, weight[n], data[n], upper[n], scale[n], minimum[n]):
+            return False
+    return True
+
+
+def _stand(form, pairs, new):
+    """Whether each (weight, copy) has the same values in the rows that the copy has; if it is new, after making it."""
+
+    def part(whole, begin, rows):
+        return _copied(*whole, begin, begin + rows)
+
+    parts = []
+    for weight, copy in pairs:
+        N, K = copy.shape
+        data, scale, minimum = (copy, None, None) if form == UPPER else (copy.data, copy.scale, copy.minimum)
+        scales = (_address(t, torch.float32) for t in (scale, minimum))
+        whole, step = (form, new, weight.data_ptr(), data.data_ptr(), *scales, N, K), max(1, 2**18 // K)
+        parts += [(whole, begin, min(step, N - begin)) for begin in range(0, N, step)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads, _patience(_copied, ()):
+        return all(threads.map(part, *zip(*parts)))
+
+
+def _empty(form, N, K):
+    if form == UPPER:
+        return torch.empty((N, K), dtype=torch.bfloat16)
+    scale = torch.empty((N, K // GROUP))
+    if form == EIGHT:
+        return QuantizedWeight(torch.empty((N, K), dtype=torch.int8), scale)
+    return QuantizedWeight(torch.empty((N, K // 2), dtype=torch.uint8), scale, torch.empty_like(scale))
+
+
+_copies = WeakTensorKeyDictionary()  # weight: (form, its copy)
+
+
+def narrowed(weights):
+    """What a step reads instead of the weights: copies in fewer bytes that stand for exactly their values, all of one form, or the
+    weights themselves."""
+    plain = all(isinstance(w, torch.Tensor) and w.dtype == torch.float32 and w.is_contiguous() for w in weights)
+    if not plain or sum(w.nbytes for w in weights) < WORTH:
+        return weights
+    forms = COPIES if all(w.shape[1] % GROUP == 0 for w in weights) else (UPPER,)
+    for form in forms:
+        if _stand(form, [(w, _empty(form, 1, w.shape[1])) for w in weights], True):  # their first rows
+            break
+    else:
+        return weights
+    kept = [_copies.pop(w, (None, None)) for w in weights]
+    copies = [copy for known, copy in kept if known == form]
+    if len(copies) < len(weights) or not _stand(form, zip(weights, copies), False):
+        copies = [_empty(form, *w.shape) for w in weights]
+        if not _stand(form, zip(weights, copies), True):
+            return weights
+    for w, copy in zip(weights, copies):
+        _copies[w] = form, copy
+    return copies
+
+
+def narrowed_head(weight, cache):
+    """The same of one weight, looked at once for the sequence in the cache."""
+    if isinstance(weight, QuantizedWeight):
+        return weight
+    known = cache.streams.get("head")
+    if known is None or known[0] is not weight or known[1] != weight.data_ptr():
+        known = cache.streams["head"] = weight, weight.data_ptr(), narrowed([weight])[0]
+    return known[2]
+
+
 # --- all layers ------------------------------------------------------------------------------------------------------
 
 # The columns of a table of addresses, a row a layer. A linear layer has four: weight, scale, minimum, bias.
@@ -378,7 +561,7 @@ def _layers(kinds, x, buffers, table, positions, lengths, shape, rope, group, ep
     qkv, q, q again and the MLP's columns have. shape: B, S, N, Hq, Hk, D, I, T. rope: the tables' rows and columns.
 
     False, with nothing done, for a position that lies outside the tables or the cache."""
-    kind, _ = kinds
+    kind, _, _ = kinds
     B, S, N, Hq, Hk, D, I, T = shape
     M, heads = B * S, Hq + 2 * Hk
     x, positions, lengths = _array(x, kind, (M, N)), _array(positions, _INT, (B, S)), _array(lengths, _INT, (B,))
@@ -421,52 +604,100 @@ def _address(t, dtype):
     return t.data_ptr()
 
 
-def _addresses(linear, dtype):
-    """(the dtype of its numbers, the columns that share a scale), its four columns in the table."""
-    weight, bias = linear.weight, _address(linear.bias, dtype)
+def _addresses(weight, bias, dtype):
+    """(the dtypes of its numbers and of its scales, the columns that share one), its four columns in the table."""
+    bias = _address(bias, dtype)
     if not isinstance(weight, QuantizedWeight):
-        return (dtype, 1), (_address(weight, dtype), 0, 0, bias)
-    scales = (_address(t, torch.bfloat16) for t in (weight.scale, weight.minimum))
-    return (weight.data.dtype, weight.group if weight.bits == 4 else 1), (_address(weight.data, weight.data.dtype), *scales, bias)
+        if weight.dtype != torch.bfloat16 or dtype != torch.float32:  # the one copy that is no `QuantizedWeight`
+            _address(weight, dtype)
+        return (weight.dtype, torch.bfloat16, WHOLE), (_address(weight, weight.dtype), 0, 0, bias)
+    scale, group = weight.scale.dtype, WHOLE if weight.scale.shape[1] == 1 else weight.group
+    if group != WHOLE and (group < 32 or group & (group - 1)):
+        raise _Misfit
+    scales = (_address(t, scale) for t in (weight.scale, weight.minimum))
+    return (weight.data.dtype, scale, group), (_address(weight.data, weight.data.dtype), *scales, bias)
+
+
+class _Plan:
+    """The table of a sequence's layers, what it was made of, and whether that is still where it was."""
+
+    def __init__(self, dtype, blocks, cache):
+        linears = [linear for block in blocks for linear in block.linears]
+        weights = narrowed([linear.weight for linear in linears])
+        self.table, formats = np.zeros((len(blocks), COLUMNS), np.int64), set()
+        for n, (linear, weight) in enumerate(zip(linears, weights)):
+            column = (QKV, OUT, GATE_UP, DOWN)[n % 4]
+            form, self.table[n // 4, column : column + 4] = _addresses(weight, linear.bias, dtype)
+            formats.add(form)
+        if len(formats) != 1:
+            raise _Misfit
+        (weight, scale, self.group) = formats.pop()
+        self.kinds = _KIND[dtype], _KIND[weight], _KIND[scale]
+        norms = []
+        for at, block, keys, values in zip(self.table, blocks, cache.k, cache.v):
+            attention = block.self_attn
+            mine = block.input_layernorm, block.post_attention_layernorm, attention.q_norm, attention.k_norm
+            at[[NORM, POST_NORM, Q_NORM, K_NORM]] = [_address(m and m.weight, dtype) for m in mine]
+            at[[KEYS, VALUES]] = _address(keys, dtype), _address(values, dtype)
+            at[WINDOW] = attention.window or cache.max_length + 1
+            norms += [m.weight for m in mine if m]
+        plain = [linear.weight for linear in linears if isinstance(linear.weight, torch.Tensor)]
+        self.rotary, self.rope = np.array([block.self_attn.rotary for block in blocks]), None
+        self.caches = (*cache.k, *cache.v)
+        self.used = (*plain, *norms, *self.caches)
+        self.memory = weights, [t.detach() for t in self.used]  # what the addresses are those of must not go
+        self.where = self.addresses()
+
+    def addresses(self):
+        return [t.data_ptr() for t in self.used]
+
+    def holds(self, cache):
+        """Whether the weights are where they were, and the cache has the same tensors."""
+        return self.where == self.addresses() and all(a is b for a, b in zip(self.caches, (*cache.k, *cache.v)))
+
+    def turn(self, rope):
+        """Takes the sequence's rotary tables, which grow now and then."""
+        if rope is not self.rope:
+            for rotary, tables in rope.items():
+                for column, t in zip((COS, SIN), tables):
+                    self.table[self.rotary == rotary, column] = _address(t, torch.float32)
+            self.rope = rope
+
+
+def _plan(dtype, blocks, cache):
+    plan = cache.streams.get(dtype)
+    if plan is None or not plan.holds(cache):
+        plan = cache.streams[dtype] = _Plan(dtype, blocks, cache)
+    return plan
 
 
 def decode_layers(x, blocks, rope, positions, cache):
     """The hidden states x [B, S, N] of a few tokens through the model's blocks, their keys and values appended to the cache; a new
     tensor, or None if these blocks are to be computed one by one. rope and positions as `Block` takes them."""
     B, S, N = x.shape
-    dtype, table, formats = x.dtype, np.empty((len(blocks), COLUMNS), np.int64), set()
-    weight = blocks[0].mlp.gate_up_proj.weight
-    if dtype not in (torch.float32, torch.bfloat16) or B * S > ROWS or _Pool.lost or len(blocks) * weight.nbytes < WORTH:
+    dtype, first = x.dtype, blocks[0]
+    attention, mlp = first.self_attn, first.mlp
+    if dtype not in (torch.float32, torch.bfloat16) or B * S > ROWS or _Pool.lost:
+        return None
+    if len(blocks) * mlp.gate_up_proj.weight.nbytes < WORTH:
+        return None
+    if any(m._forward_hooks or m._forward_pre_hooks for block in blocks for m in (block, block.self_attn)):
         return None
     try:
-        for at, block, keys, values in zip(table, blocks, cache.k, cache.v):
-            attention, mlp = block.self_attn, block.mlp
-            if any(m._forward_hooks or m._forward_pre_hooks for m in (block, attention)):
-                return None
-            linears = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-            for column, linear in zip((QKV, OUT, GATE_UP, DOWN), linears):
-                form, at[column : column + 4] = _addresses(linear, dtype)
-                formats.add(form)
-            at[NORM], at[POST_NORM] = (_address(m.weight, dtype) for m in (block.input_layernorm, block.post_attention_layernorm))
-            at[Q_NORM], at[K_NORM] = (_address(m and m.weight, dtype) for m in (attention.q_norm, attention.k_norm))
-            at[KEYS], at[VALUES] = _address(keys, dtype), _address(values, dtype)
-            cos, sin = rope[attention.rotary]
-            at[COS], at[SIN] = _address(cos, torch.float32), _address(sin, torch.float32)
-            at[WINDOW] = attention.window or cache.max_length + 1
+        plan = _plan(dtype, blocks, cache)
+        plan.turn(rope)
         positions, lengths = positions.contiguous(), _address(cache.lengths, torch.int32)
         positions_at = _address(positions, torch.int32)
     except _Misfit:
         return None
-    if len(formats) != 1:
-        return None
-    (weight, group), (heads, kv_heads, _) = formats.pop(), attention.heads
-    x = x.clone(memory_format=torch.contiguous_format)
+    heads, kv_heads, _ = attention.heads
+    x, (cos, _) = x.clone(memory_format=torch.contiguous_format), rope[attention.rotary]
     widths = attention.qkv_proj.out_features, attention.o_proj.in_features, attention.o_proj.in_features, mlp.down_proj.in_features
     buffers = [torch.empty(B * S * width, dtype=dtype) for width in widths]
     inside = _run(
-        _layers, (_KIND[dtype], _KIND[weight]), x.data_ptr(), tuple(b.data_ptr() for b in buffers), table, positions_at, lengths,
-        (B, S, N, heads, kv_heads, attention.head_dim, mlp.down_proj.in_features, cache.max_length), tuple(cos.shape), group,
-        block.input_layernorm.eps, attention.interleaved,
+        _layers, plan.kinds, x.data_ptr(), tuple(b.data_ptr() for b in buffers), plan.table, positions_at, lengths,
+        (B, S, N, heads, kv_heads, attention.head_dim, mlp.down_proj.in_features, cache.max_length), tuple(cos.shape), plan.group,
+        first.input_layernorm.eps, attention.interleaved,
     )  # fmt: skip
     if not inside:
         last = min(cos.shape[0], cache.max_length) - 1
@@ -479,7 +710,7 @@ def decode_layers(x, blocks, rope, positions, cache):
 
 @_entry
 def _product_at(kinds, x, norm, eps, addresses, residual, out, M, N, K, group, swiglu):
-    kind, _ = kinds
+    kind, _, _ = kinds
     weight, scale, minimum, bias = _linear(kinds, addresses, N, K, group)
     columns = N // 2 if swiglu else N
     _product(
@@ -494,14 +725,14 @@ def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=N
     try:
         if x.dtype not in (torch.float32, torch.bfloat16) or not 0 < M <= ROWS or _Pool.lost or weight.nbytes < WORTH:
             raise _Misfit
-        (kind, group), addresses = _addresses(SimpleNamespace(weight=weight, bias=bias), x.dtype)
+        (kind, scale, group), addresses = _addresses(weight, bias, x.dtype)
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         norm_at, residual_at = _address(norm, x.dtype), _address(residual, x.dtype)
     except _Misfit:
         return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
     out = torch.empty((*x.shape[:-1], N if activation is None else N // 2), dtype=x.dtype)
     _run(
-        _product_at, (_KIND[x.dtype], _KIND[kind]), x.data_ptr(), norm_at, eps, addresses, residual_at,
+        _product_at, (_KIND[x.dtype], _KIND[kind], _KIND[scale]), x.data_ptr(), norm_at, eps, addresses, residual_at,
         out.data_ptr(), M, N, K, group, activation is not None,
     )  # fmt: skip
     return out
@@ -531,22 +762,29 @@ def _run(kernel, *arguments):
         threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
         if threads != numba.get_num_threads():
             numba.set_num_threads(threads)
-        if _knows(kernel, arguments):
+        with _patience(kernel, arguments[0]):
             return kernel(*arguments)
-        patience = threading.Timer(2, _log.warning, ("compiling the decode step for this CPU, once: up to half a minute",))
-        patience.start()
-        try:
-            return kernel(*arguments)
-        finally:
-            patience.cancel()
 
 
-def _knows(kernel, arguments):
-    """Whether this process has the kernel's machine code for such arguments."""
-    known = _seen.setdefault(kernel, set())
-    before, kinds = len(known), tuple(kind.dtype for kind in arguments[0])
-    known.add(kinds)
-    return len(known) == before
+@contextlib.contextmanager
+def _patience(kernel, kinds):
+    """Says once what takes so long, if the kernel has to be compiled for such arguments."""
+    kinds = kernel, *(kind.dtype for kind in kinds)
+    if kinds in _known:
+        yield
+        return
+    timer = threading.Timer(2, _tell)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    _known.add(kinds)
 
 
-_seen, _log = {}, logging.getLogger(__name__)
+@functools.cache
+def _tell():
+    logging.getLogger(__name__).warning("compiling the decode step for this CPU, once: up to half a minute")
+
+
+_known = set()

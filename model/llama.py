@@ -112,11 +112,15 @@ class Llama(nn.Module):
 
     def forward(self, input_ids, cache=None, positions=None):
         """Logits [B, S, vocab_size] in float32 of the tokens input_ids [B, S]. cache, positions: as in `hidden_states`."""
-        return self.head(self.hidden_states(input_ids, cache, positions))
+        hidden = self.hidden_states(input_ids, cache, positions)
+        further = cache is not None and cache.filled > input_ids.shape[1]
+        return self.head(hidden, cache if further else None)
 
-    def head(self, hidden):
-        """Logits [..., vocab_size] in float32 of hidden states [..., N]."""
-        return self.ranks.gather(self.lm_head(hidden).float(), self.config.vocab_size)
+    def head(self, hidden, cache=None):
+        """Logits [..., vocab_size] in float32 of hidden states [..., N]. cache: of a sequence that these tokens continue."""
+        cpu = compiled(hidden) if cache is not None and hidden.shape[:-1].numel() <= FEW_ROWS else None
+        logits = self.lm_head(hidden) if cpu is None else cpu.decode_linear(hidden, cpu.narrowed_head(self.lm_head.weight, cache))
+        return self.ranks.gather(logits.float(), self.config.vocab_size)
 
     def hidden_states(self, input_ids, cache=None, positions=None):
         """What the head sees of the tokens input_ids [B, S]: [B, S, N], after the last norm.
@@ -166,7 +170,18 @@ class Llama(nn.Module):
         x, residual = self.blocks(x, rope, positions, cache)
         if residual is not None:
             return head(norm(x, residual)[0])[:, 0]
-        return (compiled(x) or ops(x)).decode_linear(x[:, 0], head.weight, norm=norm.weight, eps=norm.eps)
+        cpu = compiled(x)
+        weight = head.weight if cpu is None else cpu.narrowed_head(head.weight, cache)
+        return (cpu or ops(x)).decode_linear(x[:, 0], weight, norm=norm.weight, eps=norm.eps)
+
+    @torch.no_grad()
+    def streamed(self, batch=1):
+        """[(weight, what a decode step of so many rows reads instead)]: on a CPU, copies in fewer bytes of the same values."""
+        cpu = compiled(self.model.norm.weight)
+        if cpu is None or batch > FEW_ROWS or self.ranks.size > 1:
+            return []
+        groups = [linear.weight for block in self.model.layers for linear in block.linears], [self.lm_head.weight]
+        return [pair for weights in groups for pair in zip(weights, cpu.narrowed(weights))]
 
 
 class KVCache:
@@ -189,11 +204,14 @@ class KVCache:
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.batch, self.max_length, self.filled = batch, max_length, 0
+        self.streams = {}  # what `kernels.cpu` knows of the weights and of this cache, from the beginning of a sequence to its end
 
     def reserve(self, tokens):
         """The host's part of `advance`: counts the tokens, or says that there is no room for them."""
         if self.filled + tokens > self.max_length:
             raise ValueError(f"input_ids has {tokens} tokens after {self.filled}, but the cache ends at {self.max_length}")
+        if self.filled == 0:
+            self.streams.clear()
         self.filled += tokens
 
     def advance(self, batch, tokens):
@@ -254,6 +272,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def linears(self):
+        """The four projections, in the order in which they are taken."""
+        return self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj
 
     def forward(self, x, residual, rope, positions, cache):
         if cache is not None and x.shape[:-1].numel() <= FEW_ROWS:
@@ -340,8 +363,10 @@ class Linear(nn.Linear):
         self.weight = weight
 
     def forward(self, x):
-        if self.quantized or (not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_ROWS):
+        if self.quantized:
             return (compiled(x) or ops(x)).decode_linear(x, self.weight, bias=self.bias)
+        if not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_ROWS:
+            return ops(x).decode_linear(x, self.weight, bias=self.bias)
         return super().forward(x)
 
     def _apply(self, function, recurse=True):

@@ -232,3 +232,108 @@ def test_what_it_leaves_to_the_reference():
     assert torch.equal(cpu.decode_linear(x[:2].half(), weight.half()), reference.decode_linear(x[:2].half(), weight.half()))
     skewed = torch.randn(64, 3).T
     assert torch.equal(cpu.decode_linear(skewed, weight), cpu.decode_linear(skewed.contiguous(), weight))
+
+
+# --- copies in fewer bytes -------------------------------------------------------------------------------------------
+
+
+def stored_as(kind, *shape):
+    """Float32 weights of a GGUF that stores them so, or of a checkpoint in bfloat16."""
+    w = torch.randn(*shape) * torch.rand(shape[0], 1).exp()
+    if kind == "BF16":
+        return w.bfloat16().float()
+    gguf = pytest.importorskip("gguf")
+    w[1], w[2, :32], w[-1, -32:] = 0, 1e-9, w[-1, -1]  # rows of zeros, subnormal steps, groups of one value
+    kind = getattr(gguf.GGMLQuantizationType, kind)
+    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), kind), kind).copy())
+
+
+SHARE = {"Q4_0": 6 / 32, "Q4_1": 6 / 32, "Q8_0": 9 / 32, "BF16": 1 / 2}
+
+
+@pytest.mark.parametrize("kind", SHARE)
+def test_a_copy_has_exactly_the_weights(kind):
+    """Found from the values alone; one of them changed in its last bit, and there is no copy."""
+    weights = [stored_as(kind, n, 96) for n in (33, 5)]
+    copies = cpu.narrowed(weights)
+    for w, copy in zip(weights, copies):
+        values = copy.dequantize() if kind != "BF16" else copy.float()
+        assert torch.equal(values, w)
+        assert copy.nbytes == SHARE[kind] * w.nbytes
+    again = cpu.narrowed(weights)
+    assert all(a is b for a, b in zip(again, copies))
+    changed = weights[1][-1, 40:41]
+    changed.data.copy_(torch.nextafter(changed, changed + 1))
+    assert cpu.narrowed(weights) is weights
+    assert cpu.narrowed([torch.nn.Parameter(w) for w in weights[:1]])[0].nbytes == SHARE[kind] * weights[0].nbytes
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "BF16"])
+def test_there_is_no_copy_of_other_weights(kind):
+    w = stored_as(kind, 40, 64)
+    for other in (torch.randn(40, 64), w * 1.1, w.half().float() + 1e-3, w.T, w.bfloat16(), quantize(w, 8)):
+        assert cpu.narrowed([w, other])[1] is other
+    for wrong in (torch.nan, torch.inf) if kind != "BF16" else ():
+        broken = w.clone()
+        broken[7, 9] = wrong
+        assert cpu.narrowed([broken])[0] is broken
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", SHARE)
+def test_a_step_reads_the_copies(kind):
+    """Its logits are as near to float64 as the reference's, alone and among others the same bits."""
+    ours, _ = test_model.make("qwen3", hidden_size=128, intermediate_size=160)
+    for w in ours.parameters():
+        if w.dim() == 2:
+            w.copy_(stored_as(kind, *w.shape) / 32)
+    exact = test_model.Llama(ours.config).double()
+    exact.load_state_dict({name: t.double() for name, t in ours.state_dict().items()})
+    ids, logits = test_model.prompt(3, 30), {}
+    expected = exact(ids)[:, 20:]
+    for name in ("auto", "reference"):
+        cache = KVCache(ours.config, 3, 30)
+        with use_backend(name):
+            ours(ids[:, :20], cache)
+            logits[name] = torch.stack([ours.step(ids[:, t].contiguous(), cache) for t in range(20, 30)], 1)
+        if name == "auto":
+            assert cache.streams[torch.float32].kinds[1].itemsize < 4
+            assert cache.streams["head"][2].nbytes == SHARE[kind] * ours.lm_head.weight.nbytes
+    assert oracle.error(logits["auto"], expected) < 2 * oracle.error(logits["reference"], expected) + 1e-7
+    cache = KVCache(ours.config, 1, 30)
+    ours(ids[1:2, :20], cache)
+    assert torch.equal(torch.stack([ours.step(ids[1:2, t], cache) for t in range(20, 30)], 1), logits["auto"][1:2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("forget", [KVCache.reset, lambda cache: setattr(cache, "filled", 0) or cache.lengths.zero_()])
+def test_a_sequence_sees_weights_that_changed_behind_it(forget):
+    """In place, where no version counter sees it: through `.data`, as adapters are merged."""
+    ours, _ = test_model.make("llama", hidden_size=96, intermediate_size=160)
+    for w in ours.parameters():
+        if w.dim() == 2:
+            w.copy_(stored_as("Q4_1", *w.shape) / 32)
+    ids, cache, found = test_model.prompt(2, 12), KVCache(ours.config, 2, 12), []
+    for change in (1, 0.73, 0.5):
+        for w in (ours.model.layers[0].mlp.down_proj.weight, ours.lm_head.weight):
+            w.data *= change
+        forget(cache)
+        ours(ids[:, :10], cache)
+        found.append(ours.step(ids[:, 10].contiguous(), cache))
+        with use_backend("reference"):
+            assert oracle.error(found[-1], ours(ids[:, :11])[:, -1]) < test_model.TOLERANCE
+    assert not torch.equal(found[0], found[1])
+
+
+@torch.no_grad()
+def test_a_cache_whose_tensors_are_replaced():
+    """As a search over beams does between two steps, in which tensors come and go."""
+    ours, _ = test_model.make("llama")
+    ids, cache, order = test_model.prompt(2, 12), KVCache(ours.config, 2, 12), torch.tensor([1, 0])
+    for t in range(11):
+        ours(ids[:, t : t + 1], cache)
+    for tensors in (cache.k, cache.v):
+        tensors[:] = [t[order] for t in tensors]
+    found = ours(ids[order, 11:], cache)
+    with use_backend("reference"):
+        assert oracle.error(found, ours(ids)[order, 11:]) < test_model.TOLERANCE
