@@ -212,6 +212,40 @@ _differences = _by_groups(
 )
 
 
+@intrinsic
+def _dot_sixteens(context, x, w):
+    """x times w, as far as there are sixteen of them at a time."""
+
+    def build(context, builder, signature, values):
+        x, w = (context.make_array(t)(context, builder, a) for t, a in zip(signature.args, values))
+        total = cgutils.alloca_once_value(builder, _ZEROS)
+
+        def load(array, at, vector):
+            return builder.load(builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer()), align=1)
+
+        end = builder.and_(builder.extract_value(x.shape, 0), _INDEX(-16))
+        with cgutils.for_range_slice(builder, _INDEX(0), end, _INDEX(16), _INDEX) as (i, _):
+            if signature.args[1].dtype == types.uint16:
+                bits = builder.zext(load(w, i, ir.VectorType(ir.IntType(16), 16)), _LANES)
+                wide = builder.bitcast(builder.shl(bits, ir.Constant(_LANES, [16] * 16)), _REALS)
+            else:
+                wide = load(w, i, _REALS)
+            product = builder.fmul(load(x, i, _REALS), wide, flags=_CONTRACT)
+            builder.store(builder.fadd(product, builder.load(total), flags=_CONTRACT), total)
+        return _sum_of_lanes(builder, builder.load(total), _ZEROS)
+
+    return types.float32(x, w), build
+
+
+@_jit
+def _dot_short(x, w):
+    """The same as `_dot`, whose loops are made for hundreds of columns, of a few dozen."""
+    total = _dot_sixteens(x, w)
+    for i in range(x.shape[0] // 16 * 16, x.shape[0]):
+        total += x[i] * _wide(w[i])
+    return total
+
+
 def _times(x, weight, scale, minimum):
     """x [K] times a row of the weight, with its scales and minima."""
 
@@ -322,7 +356,7 @@ def _part(q, k, v, split, length, window, maximum, total, values):
         position = length - S + r // G
         first, last = max(begin, position - window + 1), min(end, position + 1)
         for j in range(first, last):
-            score[j - first] = _dot(query, k[j])
+            score[j - first] = _dot_short(query, k[j])
             highest = max(score[j - first], highest)
         for j in range(first, last):
             weight, value = np.exp(score[j - first] - highest), v[j]
