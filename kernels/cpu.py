@@ -4,7 +4,7 @@ PyTorch's products of one row reach 25 to 90 % of the memory's bandwidth, depend
 as much as reading a small weight. Here every core streams rows of the weight, each read from memory once for all rows of x and
 widened to float32 in registers; norm, SwiGLU and residual ride along, and only results are rounded, as in the Triton kernels. All
 sums are in float32, in an order that depends on the weight or a sequence's own length alone: a row has the same bits whatever its
-neighbours.
+neighbours. Weights in float32 that a copy in fewer bytes stands for exactly are read as that copy (`narrowed`).
 
 Weights are passed by address: turning a tensor into an array costs more than many of them take to multiply. What these kernels do
 not take (other dtypes, more rows) is left to `reference`. Imported when a step first needs it; the machine code is kept on disk.
@@ -13,6 +13,7 @@ not take (other dtypes, more rows) is left to `reference`. Imported when a step 
 import contextlib
 import functools
 import logging
+import math
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -545,6 +546,15 @@ def _empty(form, N, K):
     return QuantizedWeight(torch.empty((N, K // 2), dtype=torch.uint8), scale, torch.empty_like(scale))
 
 
+def _memory():
+    """Bytes that can be allocated without swapping, where the system says so."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
+
+
 _copies = WeakTensorKeyDictionary()  # weight: (form, its copy)
 
 
@@ -563,6 +573,8 @@ def narrowed(weights):
     kept = [_copies.pop(w, (None, None)) for w in weights]
     copies = [copy for known, copy in kept if known == form]
     if len(copies) < len(weights) or not _stand(form, zip(weights, copies), False):
+        if _memory() < sum(w.nbytes for w in weights):  # twice what the largest copies take
+            return weights
         copies = [_empty(form, *w.shape) for w in weights]
         if not _stand(form, zip(weights, copies), True):
             return weights
