@@ -512,10 +512,9 @@ def _copied(form, new, weight, data, scale, minimum, N, K, begin, end):
     scale = _array(scale, _FLOAT, (N, groups if scale != 0 else 0))
     minimum = _array(minimum, _FLOAT, (N, groups if minimum != 0 else 0))
     for n in range(begin, end):
-        if new:
-            if not _copy_row(form, weight[n], data[n], upper[n], scale[n], minimum[n], q):
-                return False
-        elif not _is_row(form, weight[n], data[n], upper[n], scale[n], minimum[n]):
+        if new and not _copy_row(form, weight[n], data[n], upper[n], scale[n], minimum[n], q):
+            return False
+        if not _is_row(form, weight[n], data[n], upper[n], scale[n], minimum[n]):  # with the product's own instructions
             return False
     return True
 

@@ -16,11 +16,11 @@ from .. import kernels
 from ..kernels import QuantizedWeight, add_rms_norm, apply_rope, flash_attention, quantize, rms_norm, rope_tables, swiglu
 from ..kernels.dispatch import backend, unwatched
 from ..kernels.frequencies import same_frequencies
+from ..kernels.linear import ROWS
 from ..kernels.sampling import embed_next_
 from .config import Config
 from .parallel import ALONE
 
-FEW_ROWS = 8  # tokens in a call up to which `decode_linear` has one pass over the weight for all of them
 BITS = {"int8": 8, "int4": 4}
 
 
@@ -118,7 +118,7 @@ class Llama(nn.Module):
 
     def head(self, hidden, cache=None):
         """Logits [..., vocab_size] in float32 of hidden states [..., N]. cache: of a sequence that these tokens continue."""
-        cpu = compiled(hidden) if cache is not None and hidden.shape[:-1].numel() <= FEW_ROWS else None
+        cpu = compiled(hidden) if cache is not None and hidden.shape[:-1].numel() <= ROWS else None
         logits = self.lm_head(hidden) if cpu is None else cpu.decode_linear(hidden, cpu.narrowed_head(self.lm_head.weight, cache))
         return self.ranks.gather(logits.float(), self.config.vocab_size)
 
@@ -144,7 +144,7 @@ class Llama(nn.Module):
 
     def blocks(self, x, rope, positions, cache):
         """What the last norm takes: x and the residual to be added to it, or None."""
-        few = cache is not None and x.shape[:-1].numel() <= FEW_ROWS and self.ranks.size == 1
+        few = cache is not None and x.shape[:-1].numel() <= ROWS and self.ranks.size == 1
         cpu = compiled(x) if few else None
         through = cpu.decode_layers(x, self.model.layers, rope, positions, cache) if cpu else None
         if through is not None:
@@ -178,7 +178,7 @@ class Llama(nn.Module):
     def streamed(self, batch=1):
         """[(weight, what a decode step of so many rows reads instead)]: on a CPU, copies in fewer bytes of the same values."""
         cpu = compiled(self.model.norm.weight)
-        if cpu is None or batch > FEW_ROWS or self.ranks.size > 1:
+        if cpu is None or batch > ROWS or self.ranks.size > 1:
             return []
         groups = [linear.weight for block in self.model.layers for linear in block.linears], [self.lm_head.weight]
         return [pair for weights in groups for pair in zip(weights, cpu.narrowed(weights))]
@@ -279,7 +279,7 @@ class Block(nn.Module):
         return self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj
 
     def forward(self, x, residual, rope, positions, cache):
-        if cache is not None and x.shape[:-1].numel() <= FEW_ROWS:
+        if cache is not None and x.shape[:-1].numel() <= ROWS:
             return self.decode(x, rope, positions, cache), None
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn.o_proj(self.self_attn(self.self_attn.qkv_proj(x), rope, positions, cache))
@@ -365,7 +365,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.quantized:
             return (compiled(x) or ops(x)).decode_linear(x, self.weight, bias=self.bias)
-        if not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_ROWS:
+        if not torch.is_grad_enabled() and x.shape[:-1].numel() <= ROWS:
             return ops(x).decode_linear(x, self.weight, bias=self.bias)
         return super().forward(x)
 
@@ -381,6 +381,9 @@ class Norm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def extra_repr(self):
+        return f"{len(self.weight)}, eps={self.eps}"
 
     def forward(self, x, residual=None):
         if residual is None:
