@@ -137,6 +137,10 @@ def _row(x, norm, eps, out):
 # --- the product -----------------------------------------------------------------------------------------------------
 
 
+def _load(builder, array, at, vector):
+    return builder.load(builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer()), align=1)
+
+
 def _by_groups(begin, add, end):
     """An intrinsic of x [K] and a row of weights that share scales in groups, as a `QuantizedWeight` has them: 4 bits with data
     [K / 2], scale and minimum [groups], or 8 bits with data [K] and scale [groups]. Each weight is made as `dequantize` makes it,
@@ -156,9 +160,6 @@ def _by_groups(begin, add, end):
             shift = builder.cttz(span, ir.IntType(1)(1))
             totals = [cgutils.alloca_once_value(builder, begin) for _ in range(2)]
 
-            def load(array, at, vector):
-                return builder.load(builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer()), align=1)
-
             def spread(array, at):
                 value = builder.load(builder.gep(array.data, [at]))
                 if half:
@@ -167,10 +168,10 @@ def _by_groups(begin, add, end):
                 return builder.shuffle_vector(one, one, ir.Constant(_LANES, [0] * 16))
 
             def take(total, w, at):
-                builder.store(add(builder, builder.load(total), w, load(x, at, _REALS)), total)
+                builder.store(add(builder, builder.load(total), w, _load(builder, x, at, _REALS)), total)
 
             with cgutils.for_range_slice(builder, _INDEX(0), size, _INDEX(16), _INDEX) as (i, _):
-                group, q = builder.lshr(i, shift), load(data, i, _BYTES)
+                group, q = builder.lshr(i, shift), _load(builder, data, i, _BYTES)
                 scales = spread(scale, group)
                 if packed:
                     first, minima = builder.add(i, builder.shl(group, shift)), spread(minimum, group)  # a byte holds two columns
@@ -221,17 +222,14 @@ def _dot_sixteens(context, x, w):
         x, w = (context.make_array(t)(context, builder, a) for t, a in zip(signature.args, values))
         total = cgutils.alloca_once_value(builder, _ZEROS)
 
-        def load(array, at, vector):
-            return builder.load(builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer()), align=1)
-
         end = builder.and_(builder.extract_value(x.shape, 0), _INDEX(-16))
         with cgutils.for_range_slice(builder, _INDEX(0), end, _INDEX(16), _INDEX) as (i, _):
             if signature.args[1].dtype == types.uint16:
-                bits = builder.zext(load(w, i, ir.VectorType(ir.IntType(16), 16)), _LANES)
+                bits = builder.zext(_load(builder, w, i, ir.VectorType(ir.IntType(16), 16)), _LANES)
                 wide = builder.bitcast(builder.shl(bits, ir.Constant(_LANES, [16] * 16)), _REALS)
             else:
-                wide = load(w, i, _REALS)
-            product = builder.fmul(load(x, i, _REALS), wide, flags=_CONTRACT)
+                wide = _load(builder, w, i, _REALS)
+            product = builder.fmul(_load(builder, x, i, _REALS), wide, flags=_CONTRACT)
             builder.store(builder.fadd(product, builder.load(total), flags=_CONTRACT), total)
         return _sum_of_lanes(builder, builder.load(total), _ZEROS)
 

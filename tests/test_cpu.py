@@ -3,6 +3,7 @@
 import contextlib
 import os
 
+import gguf
 import oracle
 import pytest
 import torch
@@ -242,7 +243,6 @@ def stored_as(kind, *shape):
     w = torch.randn(*shape) * torch.rand(shape[0], 1).exp()
     if kind == "BF16":
         return w.bfloat16().float()
-    gguf = pytest.importorskip("gguf")
     w[1], w[2, :32], w[-1, -32:] = 0, 1e-9, w[-1, -1]  # rows of zeros, subnormal steps, groups of one value
     kind = getattr(gguf.GGMLQuantizationType, kind)
     return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), kind), kind).copy())
