@@ -24,12 +24,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["trillama.kernels", "trillama.kernels.compat", "trillama.model", "trillama.bench"],
+    packages=["trillama.kernels", "trillama.kernels.compat", "trillama.model", "trillama.bench", "trillama.bench.hardware"],
     package_dir={
         "trillama.kernels": "kernels",
         "trillama.kernels.compat": "kernels/compat",
         "trillama.model": "model",
         "trillama.bench": "bench",
+        "trillama.bench.hardware": "bench/hardware",
     },
     install_requires=[
         "torch>=2.6",

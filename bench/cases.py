@@ -112,7 +112,7 @@ class Case:
         the forward done before."""
         from .peers import engine
 
-        function = engine(self.op, self.engine)
+        function = engine(self)
         if not self.backward:
             return torch.no_grad()(lambda: function(**inputs))
         leaves = {name: inputs[name].detach().requires_grad_() for name in OPS[self.op].differentiable}
@@ -126,6 +126,16 @@ class Case:
         """The least bytes through memory: every input read once, every output written once, as far as they are needed."""
         op = OPS[self.op]
         return (op.moved_backward if self.backward else op.moved)(self.inputs("meta", empty=True))
+
+    @property
+    def held(self):
+        """Bytes that the arguments take, whole caches and tables included."""
+        storages = {}
+        for value in self.inputs("meta", empty=True).values():
+            for t in (value.data, value.scale, value.minimum) if isinstance(value, QuantizedWeight) else (value,):
+                if isinstance(t, torch.Tensor):
+                    storages[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return sum(storages.values())
 
     @property
     def flops(self):

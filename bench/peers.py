@@ -1,6 +1,6 @@
 """The same ops by others, with the arguments of ours: what the kernels are compared with.
 
-`engine(op, name)` gives a function; `why_not(op, name, device)` says why there is none.
+`engine(case)` gives a function; `why_not(op, name, device)` says why there is none.
 """
 
 import functools
@@ -161,19 +161,21 @@ ENGINES = ("trillama", "eager", "compile", "sdpa", "liger", "flash_attn")
 PACKAGES = {"liger": "liger_kernel", "flash_attn": "flash_attn"}
 
 
-def engine(op, name):
-    """The function with which the engine `name` computes `op`."""
-    function = OPS[op].function or op
-    if name == "trillama":
+def engine(c):
+    """The function with which the case's engine computes its op."""
+    function = OPS[c.op].function or c.op
+    if c.engine == "trillama":
         return getattr(kernels, function)
-    if name == "compile":
-        return _compiled(function)
-    return getattr(globals()[name], function)
+    if c.engine == "compile":
+        return _compiled(c)
+    return getattr(globals()[c.engine], function)
 
 
-@functools.cache
-def _compiled(function):
-    return torch.compile(getattr(eager, function), fullgraph=True, dynamic=False)
+@functools.lru_cache(maxsize=1)
+def _compiled(c):
+    """A fresh state of the compiler for each case: with fullgraph=True the ninth shape of a function would be an error."""
+    torch.compiler.reset()
+    return torch.compile(getattr(eager, OPS[c.op].function or c.op), fullgraph=True, dynamic=False)
 
 
 def why_not(op, name, device):

@@ -1,0 +1,54 @@
+"""Proves and measures everything on the GPU at hand: `python -m trillama.bench.hardware`.
+
+A section is a module of this package:
+
+    PARALLEL            True: its jobs may run side by side, as only values count
+    jobs(card)          -> [Job]: what there is to do on such a card, in order of value
+    warm(**work)        compiles what the job launches; nothing is kept
+    run(**work)         yields results, dicts of plain values, each written down the moment it exists
+    show(results)       -> lines of text: the tables
+
+Sections neither know nor import one another. `process` runs their jobs in processes of their own, `__main__` is the command, and
+`rehearsal` pretends a GPU where there is none.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+SECTIONS = ("facts", "right", "decode", "attention", "rows", "training", "tune", "safety")
+
+
+@dataclass(frozen=True)
+class Job:
+    """name: unique within its section. work: what `run` takes. seconds: an estimate of the time on a fast card, `compiled` the
+    kernels that are compiled for it before, an estimate as well: 0 where there is nothing to warm."""
+
+    name: str
+    work: dict = field(default_factory=dict)
+    seconds: float = 1.0
+    compiled: int = 0
+
+
+@dataclass(frozen=True)
+class Card:
+    """What jobs are chosen by. memory: free bytes. small: a rehearsal, in which sizes do not count."""
+
+    name: str
+    arch: int
+    memory: int
+    small: bool = False
+
+    @classmethod
+    def nominal(cls):
+        """What `--list` goes by where there is no GPU."""
+        return cls("H100", 90, 78 << 30)
+
+    @classmethod
+    def at_hand(cls, small=False):
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        return cls(torch.cuda.get_device_name(), 10 * major + minor, torch.cuda.mem_get_info()[0], small)
+
+    def asdict(self):
+        return dataclasses.asdict(self)

@@ -1,0 +1,204 @@
+"""`python -m trillama.bench.hardware`: proves and measures everything on the GPU at hand, the most valuable first.
+
+    [--minutes 10] [--out DIR] [--only SECTION ...] [--list] [--rehearse]
+
+Every result is appended to DIR/results.jsonl the moment it exists; DIR/log.txt has what the workers print. First what all sections
+launch is compiled on all cores, then things are timed one by one. The end is a summary of at most 10,000 characters, failures first.
+`python -m trillama.bench.report DIR/results.jsonl` makes tables and plots of it.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from . import SECTIONS, Card, process
+
+WIDTH = 10_000  # characters of the summary
+COMPILE, CORES, START = 1.6, 14, 8.0  # estimates: seconds a kernel and its launcher, workers, seconds until a worker works
+
+
+def section(name):
+    return importlib.import_module(f".{name}", __package__)
+
+
+def estimate(jobs, parallel):
+    """(seconds of compiling, seconds after it) that the jobs of a section take on a fast card with 16 cores."""
+    compiling = sum(job.compiled for job in jobs) * COMPILE / CORES
+    working = sum(job.seconds for job in jobs) / (CORES if parallel else 1)
+    return compiling, working + (START if jobs else 0)
+
+
+def show_list(plan):
+    total = 0
+    for name, jobs in plan.items():
+        compiling, working = estimate(jobs, section(name).PARALLEL)
+        total += compiling + working
+        print(f"{name:10} {len(jobs):4} cases  {compiling + working:4.0f} s, {compiling:.0f} of them compiling  {title(name)}")
+        for job in jobs:
+            print(f"    {job.name:72} {job.seconds:6.2f} s  {job.compiled:3} kernels")
+    print(f"together   {sum(map(len, plan.values())):4} cases  {total:4.0f} s on a fast card with 16 cores (an estimate)")
+
+
+def title(name):
+    return section(name).__doc__.splitlines()[0]
+
+
+class Record:
+    """The results so far, each on disk before the next one begins."""
+
+    def __init__(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(folder / "results.jsonl", "a", encoding="utf-8")
+        self.lines = []
+
+    def add(self, name, job, status="ok", **fields):
+        line = {"section": name, "job": job, "status": status, **fields}
+        self.lines.append(line)
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        if status != "ok":
+            print(f"  {name}: {job}: {status}: {fields.get('error')}", flush=True)
+
+    def of(self, name):
+        return [line for line in self.lines if line["section"] == name]
+
+
+def carry_out(plan, record, log, minutes, rehearse):
+    begin = time.monotonic()
+    until = begin + 60 * minutes - 12  # the summary, and the end of what runs
+    workers = max(1, min(CORES, (os.cpu_count() or 2) - 2))
+
+    def note(name, job, result):
+        record.add(name, job, result.pop("status", "ok"), **result)
+
+    def end(name, job, status, error, seconds):
+        if status != "ok" or error:
+            record.add(name, job, status, error=error, seconds=round(seconds, 2))
+
+    def pool(names, action):
+        tasks = [
+            (name, action, job.work, 30 + 6 * job.compiled + 10 * job.seconds, job.name)
+            for name in names
+            for job in plan[name]
+            if action == "run" or job.compiled
+        ]
+        if tasks:
+            process.side_by_side(tasks, workers, log, rehearse, until, note, end)
+
+    def say(text):
+        print(f"[{time.monotonic() - begin:4.0f} s] {text}", flush=True)
+
+    alone = [name for name in plan if not section(name).PARALLEL and name != "facts"]
+    for name in plan:
+        if name == next(iter(alone), None):
+            say(f"compiling what {', '.join(alone)} need, on {workers} processes")
+            pool(alone, "warm")
+        say(f"{name}: {len(plan[name])} cases")
+        if section(name).PARALLEL:
+            pool([name], "run")
+            continue
+        worker = process.Worker(log, rehearse)
+        limit = time.monotonic() + 1.5 * estimate(plan[name], False)[1] + 30
+        for job in plan[name]:
+            now = time.monotonic()
+            if now > min(limit, until):
+                record.add(name, job.name, "left out", error="no time was left" if now > until else "its section's time was over")
+                continue
+            allowed = min(20 + 6 * job.seconds, until + 10 - now)
+            outcome = worker.do(name, "run", job.work, allowed, lambda result, job=job: note(name, job.name, result))  # noqa: B023
+            end(name, job.name, *outcome, time.monotonic() - now)
+        worker.close()
+    say("done")
+
+
+def summary(plan, record, rehearse):
+    """At most WIDTH characters: facts, failures, then the tables in order of value, as far as they fit."""
+    lines = ["A REHEARSAL: nothing here was measured."] if rehearse else []
+    lines += section("facts").show(record.of("facts")) if "facts" in plan else []
+    bad = [r for r in record.lines if r["status"] not in ("ok", "left out")]
+    left = [r for r in record.lines if r["status"] == "left out"]
+    lines += ["", f"FAILURES: {len(bad)}" if bad else "No failure."]
+    lines += [f"  {r['section']}: {r['job']}: {r['status']}: {r.get('error')}"[:240] for r in bad[:25]]
+    if len(bad) > 25:
+        lines.append(f"  and {len(bad) - 25} more in results.jsonl")
+    if left:
+        names = {name: sum(r["section"] == name for r in left) for name in plan}
+        lines.append("Left out: " + ", ".join(f"{n} of {name}" for name, n in names.items() if n))
+    text = "\n".join(lines)
+    for name in plan:
+        if name == "facts":
+            continue
+        table = section(name).show([r for r in record.of(name) if r["status"] == "ok"])
+        room = WIDTH - len(text) - 80
+        shown = []
+        for line in ["", f"{name}: {title(name)}", *table]:
+            if room < len(line) + 1:
+                shown.append(f"... more of {name} in results.jsonl")
+                break
+            room -= len(line) + 1
+            shown.append(line)
+        text += "\n" + "\n".join(shown)
+    return text[:WIDTH]
+
+
+def parser():
+    p = argparse.ArgumentParser(prog="python -m trillama.bench.hardware", description=__doc__.splitlines()[0])
+    add = p.add_argument
+    add("--minutes", type=float, default=10, help="all that it may take (default: 10)")
+    add("--out", type=Path, metavar="DIR", help="default: hardware-DATE-TIME in the current folder")
+    add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    add("--list", action="store_true", help="sections, cases and estimated seconds; nothing is run")
+    add("--rehearse", action="store_true", help="everything at small sizes on a pretended GPU: no number of it means anything")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    return p
+
+
+def main(argv=None):
+    options = parser().parse_args(argv)
+    if options.worker:
+        process.serve(options.rehearse)
+        return 0
+    if not options.minutes > 0:
+        raise ValueError(f"--minutes is {options.minutes}, expected a number above 0")
+    names = [name for name in SECTIONS if not options.only or name in options.only]
+    import torch
+
+    if options.list:
+        card = Card.at_hand() if torch.cuda.is_available() else Card.nominal()
+        show_list({name: section(name).jobs(card) for name in names})
+        return 0
+    if options.rehearse:
+        from . import rehearsal
+
+        rehearsal.environment()
+        pretended = rehearsal.pretend()
+    else:
+        if not torch.cuda.is_available():
+            raise ValueError("this measures a GPU, and torch finds none; --rehearse pretends one, --list needs none")
+        pretended = contextlib.nullcontext()
+    folder = options.out or Path(f"hardware-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    with pretended:
+        plan = {name: section(name).jobs(Card.at_hand(options.rehearse)) for name in names}
+    record = Record(folder)
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        carry_out(plan, record, log, options.minutes, options.rehearse)
+    text = summary(plan, record, options.rehearse)
+    (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    print("\n" + text)
+    print(f"results: {folder / 'results.jsonl'}")
+    return 1 if any(r["status"] not in ("ok", "left out") for r in record.lines) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"trillama: error: {error}", file=sys.stderr)
+        sys.exit(2)
