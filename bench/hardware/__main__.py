@@ -10,9 +10,11 @@ launch is compiled on all cores, then things are timed one by one. The end is a 
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -75,16 +77,16 @@ def carry_out(plan, record, log, minutes, rehearse):
     until = begin + 60 * minutes - 12  # the summary, and the end of what runs
     workers = max(1, min(CORES, (os.cpu_count() or 2) - 2))
 
-    def note(name, job, result):
-        record.add(name, job, result.pop("status", "ok"), **result)
+    def note(key, result):
+        record.add(*key, result.pop("status", "ok"), **result)
 
-    def end(name, job, status, error, seconds):
+    def end(key, status, error, seconds):
         if status != "ok" or error:
-            record.add(name, job, status, error=error, seconds=round(seconds, 2))
+            record.add(*key, status, error=error, seconds=round(seconds, 2))
 
     def pool(names, action):
         tasks = [
-            (name, action, job.work, 30 + 6 * job.compiled + 10 * job.seconds, job.name)
+            ((name, job.name), section(name).__name__, action, job.work, 30 + 6 * job.compiled + 10 * job.seconds)
             for name in names
             for job in plan[name]
             if action == "run" or job.compiled
@@ -107,13 +109,13 @@ def carry_out(plan, record, log, minutes, rehearse):
         worker = process.Worker(log, rehearse)
         limit = time.monotonic() + 1.5 * estimate(plan[name], False)[1] + 30
         for job in plan[name]:
-            now = time.monotonic()
+            key, now = (name, job.name), time.monotonic()
             if now > min(limit, until):
-                record.add(name, job.name, "left out", error="no time was left" if now > until else "its section's time was over")
+                record.add(*key, "left out", error="no time was left" if now > until else "its section's time was over")
                 continue
             allowed = min(20 + 6 * job.seconds, until + 10 - now)
-            outcome = worker.do(name, "run", job.work, allowed, lambda result, job=job: note(name, job.name, result))  # noqa: B023
-            end(name, job.name, *outcome, time.monotonic() - now)
+            outcome = worker.do(section(name).__name__, "run", job.work, allowed, functools.partial(note, key))
+            end(key, *outcome, time.monotonic() - now)
         worker.close()
     say("done")
 
@@ -187,8 +189,12 @@ def main(argv=None):
     with pretended:
         plan = {name: section(name).jobs(Card.at_hand(options.rehearse)) for name in names}
     record = Record(folder)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # `timeout` and Ctrl-C alike: the summary of what there is
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        carry_out(plan, record, log, options.minutes, options.rehearse)
+        try:
+            carry_out(plan, record, log, options.minutes, options.rehearse)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
     text = summary(plan, record, options.rehearse)
     (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
     print("\n" + text)

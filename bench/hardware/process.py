@@ -35,8 +35,8 @@ class Worker:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
 
-    def do(self, section, action, work, limit, note):
-        """Runs one job; note(result) is called with each of its results. Returns (status, error): "ok" and None, or "failed",
+    def do(self, module, action, work, limit, note):
+        """Runs one job, a function of a module; note(result) is called with each of its results. Returns (status, error): "ok" and None, or "failed",
         "out of memory", "crashed" or "hung" and a line that says how."""
         if self.process is None:
             self.start()
@@ -49,7 +49,7 @@ class Worker:
         timer = threading.Timer(limit, stop)
         timer.start()
         try:
-            self.process.stdin.write(json.dumps({"section": section, "action": action, "work": work}) + "\n")
+            self.process.stdin.write(json.dumps({"module": module, "action": action, "work": work}) + "\n")
             self.process.stdin.flush()
             for line in self.process.stdout:
                 answer = json.loads(line)
@@ -89,8 +89,8 @@ class Worker:
 
 
 def side_by_side(tasks, workers, log, rehearse, until, note, end):
-    """Does tasks (section, action, work, limit, name) on so many workers. note(section, name, result), end(section, name, status,
-    error, seconds): called for each, one at a time. What has not begun by `until` (time.monotonic) is "left out"."""
+    """Does tasks (key, module, action, work, limit) on so many workers. note(key, result), end(key, status, error, seconds): called
+    for each, one at a time. What has not begun by `until` (time.monotonic) is "left out"."""
     waiting, lock = queue.SimpleQueue(), threading.Lock()
     for task in tasks:
         waiting.put(task)
@@ -100,20 +100,20 @@ def side_by_side(tasks, workers, log, rehearse, until, note, end):
         try:
             while True:
                 try:
-                    section, action, work, limit, name = waiting.get_nowait()
+                    key, module, action, work, limit = waiting.get_nowait()
                 except queue.Empty:
                     return
 
-                def told(result, section=section, name=name):
+                def told(result, key=key):
                     with lock:
-                        note(section, name, result)
+                        note(key, result)
 
                 start = time.monotonic()
                 outcome = ("left out", "no time was left")
                 if start < until:
-                    outcome = worker.do(section, action, work, min(limit, until + 10 - start), told)
+                    outcome = worker.do(module, action, work, min(limit, until + 10 - start), told)
                 with lock:
-                    end(section, name, *outcome, time.monotonic() - start)
+                    end(key, *outcome, time.monotonic() - start)
         finally:
             worker.close()
 
@@ -143,12 +143,10 @@ def serve(rehearse):
             stack.enter_context(pretend())
         for line in sys.stdin:
             job = json.loads(line)
-            print(f"--- {job['section']} {job['action']} {job['work']}", file=sys.stderr, flush=True)
+            print(f"--- {job['module']} {job['action']} {job['work']}", file=sys.stderr, flush=True)
             status, error = attempt(job, lambda result: say(result=result))
             ends = lost()
-            if ends and status == "ok" and ends is not True:
-                error = ends
-            say(status=status, error=error, ends=bool(ends))
+            say(status=status, error=error or ends, ends=bool(ends))
             if ends:
                 os._exit(0)  # a lost device makes destructors hang or crash
 
@@ -160,8 +158,7 @@ def attempt(job, note):
     import torch
 
     try:
-        module = importlib.import_module(f".{job['section']}", __package__)
-        for result in getattr(module, job["action"])(**job["work"]) or ():
+        for result in getattr(importlib.import_module(job["module"]), job["action"])(**job["work"]) or ():
             note(result)
         torch.cuda.synchronize()
         return "ok", None
@@ -170,7 +167,8 @@ def attempt(job, note):
     except Exception as error:
         traceback.print_exc()
         frames = traceback.extract_tb(error.__traceback__)
-        where = next((f for f in reversed(frames) if "trillama" in f.filename or "bench" in f.filename), frames[-1])
+        own = [f for f in frames if "trillama" in f.filename or "site-packages" not in f.filename]
+        where = (own or frames)[-1]
         return "failed", f"{first_line(error)} ({os.path.basename(where.filename)}:{where.lineno})"
     finally:
         gc.collect()

@@ -102,7 +102,11 @@ class _Recording(TorchDispatchMode):
 
     def __init__(self, cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         super().__init__()
-        self.tape, self.before = cuda_graph.tape, {}
+        self.tape, self.before, self.stream = cuda_graph.tape, {}, stream or _Stream()
+
+    def __enter__(self):
+        _streams.append(self.stream)
+        return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -118,6 +122,7 @@ class _Recording(TorchDispatchMode):
 
     def __exit__(self, *exception):
         result = super().__exit__(*exception)
+        _streams.pop()
         with _disable_current_modes():
             for tensor, value in reversed(self.before.values()):
                 tensor.copy_(value)
@@ -166,6 +171,16 @@ class _Stream:
         return event
 
 
+_streams = [_Stream()]
+
+
+@contextlib.contextmanager
+def _on(stream):
+    _streams.append(stream)
+    yield
+    _streams.pop()
+
+
 def _nothing(*_, **__):
     pass
 
@@ -191,8 +206,8 @@ STAND_INS = {
     "mem_get_info": lambda *_: (MEMORY, MEMORY), "max_memory_allocated": lambda *_: MEMORY // 2, "memory_allocated": lambda *_: 0,
     "max_memory_reserved": lambda *_: MEMORY // 2, "is_bf16_supported": lambda *_, **__: True,
     "is_current_stream_capturing": lambda: any(isinstance(m, _Recording) for m in _modes()),
-    "graph_pool_handle": lambda: (0, 0), "current_stream": lambda *_: _Stream(), "default_stream": lambda *_: _Stream(),
-    "CUDAGraph": _Graph, "graph": _Recording, "Event": _Event, "Stream": _Stream, "stream": _any, "device": _any, "set_stream": _nothing,
+    "graph_pool_handle": lambda: (0, 0), "current_stream": lambda *_: _streams[-1], "default_stream": lambda *_: _streams[0],
+    "CUDAGraph": _Graph, "graph": _Recording, "Event": _Event, "Stream": _Stream, "stream": _on, "device": _any, "set_stream": _nothing,
     "set_device": _nothing, "synchronize": _nothing, "empty_cache": _nothing, "reset_peak_memory_stats": _nothing, "init": _nothing,
     "_lazy_init": _nothing, "manual_seed": _nothing, "manual_seed_all": _nothing,
 }  # fmt: skip

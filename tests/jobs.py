@@ -1,0 +1,62 @@
+"""Jobs that go wrong in all the ways that a process can; test_hardware.py has workers do them."""
+
+import os
+import signal
+import time
+
+PARALLEL = False
+
+
+def works(n=2):
+    for i in range(n):
+        yield {"i": i, "pid": os.getpid()}
+
+
+def fails():
+    yield {"i": 0}
+    raise ValueError("no such thing\nand more")
+
+
+def memory():
+    import torch
+
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+
+def dies():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def leaves():
+    os._exit(7)
+
+
+def hangs():
+    yield {"i": 0}
+    time.sleep(600)
+
+
+def chatters():
+    print("a library says something on stdout")
+    os.write(1, b"and not by Python\n")
+    yield {"i": 0}
+
+
+def captures():
+    from trillama.bench import timing
+
+    import torch
+
+    x = torch.ones(3, device="cuda")
+    yield {"why": timing.measure(lambda: lambda: x.sum().item(), 12, 12).why}
+
+
+def poisons():
+    """What an illegal address leaves behind: every later call of the device fails."""
+    import torch
+
+    def synchronize(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    torch.cuda.synchronize = synchronize
+    yield {"i": 0}

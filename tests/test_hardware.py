@@ -1,0 +1,183 @@
+"""`python -m trillama.bench.hardware`: what goes wrong costs itself only and is written down; the whole of it, rehearsed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from trillama.bench import hardware
+from trillama.bench.hardware import SECTIONS, Card, process
+from trillama.bench.hardware import __main__ as command
+
+pytestmark = pytest.mark.host
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def worker(monkeypatch, tmp_path):
+    """A worker on a pretended GPU, as a function of a job's name: ((status, error), its results)."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    with open(tmp_path / "log.txt", "w") as log:
+        made = process.Worker(log, rehearse=True)
+
+        def do(name, limit=120, **work):
+            results = []
+            return made.do("jobs", name, work, limit, results.append), results
+
+        do.worker, do.log = made, tmp_path / "log.txt"
+        yield do
+        made.close()
+
+
+def test_an_error_costs_its_job_and_not_the_process(worker):
+    (status, error), results = worker("works", n=3)
+    assert (status, error) == ("ok", None)
+    assert [r["i"] for r in results] == [0, 1, 2]
+    pid = worker.worker.process.pid
+    (status, error), results = worker("fails")
+    assert status == "failed"
+    assert error == "ValueError: no such thing (jobs.py:19)"
+    assert results == [{"i": 0}]
+    assert worker("memory")[0][0] == "out of memory"
+    assert worker("nothing")[0] == ("failed", "AttributeError: module 'jobs' has no attribute 'nothing' (process.py:%d)" % line())
+    assert worker("chatters") == (("ok", None), [{"i": 0}])
+    assert worker.worker.process.pid == pid
+    assert "a library says something on stdout\n" in worker.log.read_text()
+
+
+def line():
+    text = Path(process.__file__).read_text().splitlines()
+    return next(i for i, t in enumerate(text, 1) if 'getattr(importlib.import_module(job["module"])' in t)
+
+
+def test_a_crash_and_a_hang_cost_their_job(worker):
+    assert worker("dies")[0] == ("crashed", "signal SIGSEGV")
+    assert worker("leaves")[0] == ("crashed", "exit status 7")
+    worker("works")
+    start = time.monotonic()
+    (status, error), results = worker("hangs", limit=2)
+    assert status == "hung"
+    assert results == [{"i": 0}]
+    assert time.monotonic() - start < 60
+    assert worker("works")[0] == ("ok", None)
+
+
+def test_a_device_that_is_lost_gets_a_new_process(worker):
+    """After a failed capture torch 2.11 captures no more, after an illegal address no call works: another process goes on."""
+    (status, error), results = worker("captures")
+    assert status == "ok"
+    assert "operation not permitted" in results[0]["why"]
+    assert error.startswith("a capture failed")
+    assert worker.worker.process is None
+    (status, error), results = worker("poisons")
+    assert status == "failed"
+    assert "illegal memory access" in error
+    assert worker.worker.process is None
+    assert worker("works")[0] == ("ok", None)
+
+
+@pytest.mark.slow
+def test_side_by_side(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    names, results, ends = ["works", "leaves", "works", "fails"], [], {}
+    tasks = [((i, name), "jobs", name, {}, 120) for i, name in enumerate(names)]
+    with open(tmp_path / "log.txt", "w") as log:
+        process.side_by_side(
+            tasks, 2, log, True, time.monotonic() + 300, lambda key, r: results.append((key, r["i"])),
+            lambda key, status, error, seconds: ends.update({key[0]: status}),
+        )  # fmt: skip
+        assert ends == {0: "ok", 1: "crashed", 2: "ok", 3: "failed"}
+        assert sorted(results) == [((0, "works"), 0), ((0, "works"), 1), ((2, "works"), 0), ((2, "works"), 1), ((3, "fails"), 0)]
+        process.side_by_side(tasks, 2, log, True, time.monotonic() - 1, None, lambda key, status, *_: ends.update({key[0]: status}))
+    assert set(ends.values()) == {"left out"}
+
+
+def test_the_list_fits_into_nine_minutes(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("the list would be of the card at hand")
+    assert command.main(["--list"]) == 0
+    out = capsys.readouterr().out
+    total = out.splitlines()[-1].split()
+    assert total[0] == "together"
+    assert 60 < int(total[3]) <= 540
+    for name in SECTIONS:
+        (row,) = (r for r in out.splitlines() if r.startswith(name + " "))
+        cases = int(row.split()[1])
+        assert cases == len(command.section(name).jobs(Card.nominal())) > 0
+    assert sum(map(str.isspace, (r[0] for r in out.splitlines()))) == int(total[1])
+
+
+def test_names_are_unique_and_work_is_plain():
+    for small in (False, True):
+        for name in SECTIONS:
+            jobs = command.section(name).jobs(Card("H100", 90, 78 << 30, small))
+            assert len({job.name for job in jobs}) == len(jobs)
+            for job in jobs:
+                assert json.loads(json.dumps(job.work)) == job.work
+                assert hasattr(command.section(name), "warm") or not job.compiled
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="torch finds none; --rehearse pretends one"):
+        command.main(["--only", "facts"])
+    with pytest.raises(ValueError, match=r"--minutes is -1\.0"):
+        command.main(["--minutes", "-1"])
+
+
+def test_the_summary_is_short_and_has_failures_first(tmp_path):
+    record = command.Record(tmp_path)
+    record.add("facts", "copy", bytes_per_s=3e12)
+    for i in range(300):
+        record.add("right", f"case {i}", "failed", error="x" * 500)
+    record.add("rows", "rms_norm", "left out", error="no time was left")
+    plan = {name: [] for name in SECTIONS}
+    text = command.summary(plan, record, False)
+    assert len(text) <= 10_000
+    assert text.splitlines()[0].startswith("copy, read and written: 3.00 TB/s")
+    assert text.index("FAILURES: 300") < text.index("decode: ")
+    assert "Left out: 1 of rows" in text
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 302
+
+
+def rehearse(folder, *options, **environment):
+    argv = [sys.executable, "-m", "trillama.bench.hardware", "--rehearse", "--out", str(folder), *options]
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRILLAMA_BACKEND")} | environment
+    return subprocess.run(argv, capture_output=True, text=True, timeout=900, cwd=folder, env=clean)
+
+
+@pytest.mark.slow
+def test_an_interruption_keeps_what_there_is(tmp_path):
+    argv = [sys.executable, "-m", "trillama.bench.hardware", "--rehearse", "--out", str(tmp_path), "--only", "facts", "right"]
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRILLAMA_BACKEND")}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=clean) as run:
+        file = tmp_path / "results.jsonl"
+        for _ in range(600):
+            time.sleep(0.1)
+            if file.exists() and file.read_text().count("\n") >= 2:
+                break
+        run.terminate()
+        out = run.communicate(timeout=120)[0]
+    assert "interrupted" in out
+    assert "A REHEARSAL: nothing here was measured." in out
+    assert file.read_text().count("\n") >= 2
+    assert (tmp_path / "summary.txt").is_file()
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "facts" else pytest.mark.slow) for name in SECTIONS])
+def test_rehearsal(tmp_path, name):
+    """Every line that a GPU would run, run: at small sizes, with a clock that means nothing and values that do."""
+    run = rehearse(tmp_path, "--minutes", "14", "--only", *{"facts", name})
+    assert run.returncode == 0, run.stdout[-3000:] + (tmp_path / "log.txt").read_text()[-3000:]
+    results = [json.loads(r) for r in (tmp_path / "results.jsonl").read_text().splitlines()]
+    statuses = {r["status"] for r in results if r["section"] == name}
+    assert statuses == ({"left out"} if name == "safety" else {"ok"}), [r for r in results if r["status"] != "ok"]
+    done = {r["job"] for r in results if r["section"] == name}
+    assert done == {job.name for job in command.section(name).jobs(Card("a pretended H100", 90, 256 << 20, True))}
+    assert "No failure." in run.stdout
+    assert hardware.SECTIONS[0] == "facts"
