@@ -23,8 +23,8 @@ class Timing:
 
 
 class Captures:
-    """torch 2.11 leaves its allocator in the state of capturing when a capture fails, and every later one in the process dies of it:
-    `broken` says that one has failed, and why. Whoever measures on goes to another process."""
+    """When a capture fails, torch 2.11 leaves its allocator in the state of capturing, and every later one in the process dies of
+    it: `broken` says that one has failed, and why. Whoever measures on goes to another process."""
 
     broken = None
 

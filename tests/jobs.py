@@ -43,9 +43,8 @@ def chatters():
 
 
 def captures():
-    from trillama.bench import timing
-
     import torch
+    from trillama.bench import timing
 
     x = torch.ones(3, device="cuda")
     yield {"why": timing.measure(lambda: lambda: x.sum().item(), 12, 12).why}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -40,18 +41,13 @@ def test_an_error_costs_its_job_and_not_the_process(worker):
     pid = worker.worker.process.pid
     (status, error), results = worker("fails")
     assert status == "failed"
-    assert error == "ValueError: no such thing (jobs.py:19)"
+    assert re.fullmatch(r"ValueError: no such thing \(jobs\.py:\d+\)", error)
     assert results == [{"i": 0}]
     assert worker("memory")[0][0] == "out of memory"
-    assert worker("nothing")[0] == ("failed", "AttributeError: module 'jobs' has no attribute 'nothing' (process.py:%d)" % line())
+    assert worker("nothing")[0][1].startswith("AttributeError: module 'jobs' has no attribute 'nothing' (process.py:")
     assert worker("chatters") == (("ok", None), [{"i": 0}])
     assert worker.worker.process.pid == pid
     assert "a library says something on stdout\n" in worker.log.read_text()
-
-
-def line():
-    text = Path(process.__file__).read_text().splitlines()
-    return next(i for i, t in enumerate(text, 1) if 'getattr(importlib.import_module(job["module"])' in t)
 
 
 def test_a_crash_and_a_hang_cost_their_job(worker):
@@ -59,7 +55,7 @@ def test_a_crash_and_a_hang_cost_their_job(worker):
     assert worker("leaves")[0] == ("crashed", "exit status 7")
     worker("works")
     start = time.monotonic()
-    (status, error), results = worker("hangs", limit=2)
+    (status, _), results = worker("hangs", limit=2)
     assert status == "hung"
     assert results == [{"i": 0}]
     assert time.monotonic() - start < 60

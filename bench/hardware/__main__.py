@@ -2,8 +2,9 @@
 
     [--minutes 10] [--out DIR] [--only SECTION ...] [--list] [--rehearse]
 
-Every result is appended to DIR/results.jsonl the moment it exists; DIR/log.txt has what the workers print. First what all sections
-launch is compiled on all cores, then things are timed one by one. The end is a summary of at most 10,000 characters, failures first.
+Every result is appended to DIR/results.jsonl the moment it exists; DIR/log.txt has what the workers print. First what all
+sections launch is compiled on all cores, then things are timed one by one. The end is a summary of at most 10,000 characters,
+failures first.
 `python -m trillama.bench.report DIR/results.jsonl` makes tables and plots of it.
 """
 
@@ -56,7 +57,7 @@ class Record:
 
     def __init__(self, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / "results.jsonl", "a", encoding="utf-8")
+        self.file = open(folder / "results.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - as long as the process
         self.lines = []
 
     def add(self, name, job, status="ok", **fields):

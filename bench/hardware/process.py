@@ -36,8 +36,8 @@ class Worker:
         self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
 
     def do(self, module, action, work, limit, note):
-        """Runs one job, a function of a module; note(result) is called with each of its results. Returns (status, error): "ok" and None, or "failed",
-        "out of memory", "crashed" or "hung" and a line that says how."""
+        """Runs one job, a function of a module; note(result) is called with each of its results. Returns (status, error): "ok" and
+        None, or "failed", "out of memory", "crashed" or "hung" and a line that says how."""
         if self.process is None:
             self.start()
         late = threading.Event()

@@ -1,9 +1,9 @@
 """A GPU that is only pretended, so that every line written for one can run where there is none.
 
 Within `pretend()` tensors lie in host memory and say that they are on "cuda:0", whatever is asked for "cuda" comes from there, and
-torch.cuda is what stands here: a clock that ticks twenty times a second and with every look at it, streams that do at once what they are given, and graphs
-that record what is dispatched and do it again at every replay, on the same tensors, as CUDA's do. Triton's kernels run in its
-interpreter, or the reference in their place where that does not work. Values are therefore real; times mean nothing.
+torch.cuda is what stands here: a clock that goes on by 50 ms at every look at it, streams that do at once what they are given, and
+graphs that record what is dispatched and do it again at every replay, on the same tensors, as CUDA's do. Triton's kernels run in
+its interpreter, or the reference in their place where that does not work. Values are therefore real; times mean nothing.
 """
 
 import contextlib
@@ -34,14 +34,15 @@ def environment():
 @contextlib.contextmanager
 def pretend():
     """Within the block torch has one GPU, an H100 of little memory and a tiny cache, in host memory."""
-    import torch._dynamo  # noqa: F401 - makes a list of torch.cuda's functions when it is imported: their own
+    import torch._dynamo
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         from ..traffic import quicken
 
         quicken()
     with contextlib.ExitStack() as stack:
-        for owner, names in ((torch.cuda, STAND_INS), (torch, {"compile": _uncompiled}), (torch.nn.attention, {"sdpa_kernel": _any})):
+        others = ((torch, {"compile": _uncompiled}), (torch.nn.attention, {"sdpa_kernel": _any}))
+        for owner, names in ((torch.cuda, STAND_INS), *others):
             for name, value in names.items():
                 stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(_Device())
@@ -66,7 +67,7 @@ class _Device(TorchFunctionMode):
 
 
 def _host(value):
-    if isinstance(value, str) and value.partition(":")[0] == "cuda" or isinstance(value, torch.device) and value.type == "cuda":
+    if (isinstance(value, str) and value.partition(":")[0] == "cuda") or (isinstance(value, torch.device) and value.type == "cuda"):
         return torch.device("cpu")
     return value
 
@@ -113,7 +114,7 @@ class _Recording(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing: the host reads a value")
         for parameter, value in itertools.zip_longest(function._schema.arguments, args):
-            written = value if parameter.name not in kwargs else kwargs[parameter.name]
+            written = kwargs.get(parameter.name, value)
             if parameter.alias_info is not None and parameter.alias_info.is_write and isinstance(written, torch.Tensor):
                 self.before.setdefault(id(written), (written, written.clone()))
         results = function(*args, **kwargs)
@@ -207,9 +208,11 @@ STAND_INS = {
     "max_memory_reserved": lambda *_: MEMORY // 2, "is_bf16_supported": lambda *_, **__: True,
     "is_current_stream_capturing": lambda: any(isinstance(m, _Recording) for m in _modes()),
     "graph_pool_handle": lambda: (0, 0), "current_stream": lambda *_: _streams[-1], "default_stream": lambda *_: _streams[0],
-    "CUDAGraph": _Graph, "graph": _Recording, "Event": _Event, "Stream": _Stream, "stream": _on, "device": _any, "set_stream": _nothing,
-    "set_device": _nothing, "synchronize": _nothing, "empty_cache": _nothing, "reset_peak_memory_stats": _nothing, "init": _nothing,
-    "_lazy_init": _nothing, "manual_seed": _nothing, "manual_seed_all": _nothing,
+    "CUDAGraph": _Graph, "graph": _Recording, "Event": _Event, "Stream": _Stream, "stream": _on, "device": _any,
+    **dict.fromkeys(
+        ("set_stream", "set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "init", "_lazy_init", "manual_seed",
+         "manual_seed_all"), _nothing,
+    ),
 }  # fmt: skip
 
 
