@@ -15,6 +15,7 @@ Sections neither know nor import one another. `process` runs their jobs in proce
 import dataclasses
 from dataclasses import dataclass, field
 
+PRETENDED = "a pretended H100"  # what a rehearsal's card is called
 SECTIONS = ("facts", "right", "decode", "attention", "rows", "training", "tune", "safety")
 
 

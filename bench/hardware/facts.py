@@ -12,7 +12,7 @@ from importlib import metadata
 import torch
 
 from .. import roofline, timing
-from . import Job
+from . import PRETENDED, Job
 
 PARALLEL = False
 PACKAGES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "flash-attn", "gguf", "trillama")
@@ -82,6 +82,11 @@ def datasheet(results):
     """The roofline.GPU of the card, or None."""
     name = next((r["gpu"] for r in results if "gpu" in r), "")
     return next((gpu for key, gpu in roofline.GPUS.items() if key in name), None)
+
+
+def rehearsed(results):
+    """Whether the card was a pretended one."""
+    return any(r.get("gpu") == PRETENDED for r in results)
 
 
 def show(results):

@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from . import PRETENDED
+
 HERE = torch.device("cuda", 0)
 _ticks = itertools.count(1)
 
@@ -197,7 +199,7 @@ def _uncompiled(function=None, **_):
 
 MEMORY = 256 << 20
 CARD = SimpleNamespace(
-    name="a pretended H100", major=9, minor=0, total_memory=MEMORY, L2_cache_size=1 << 16, multi_processor_count=132,
+    name=PRETENDED, major=9, minor=0, total_memory=MEMORY, L2_cache_size=1 << 16, multi_processor_count=132,
     max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, shared_memory_per_block_optin=232448, warp_size=32,
     uuid="none", gcnArchName="",
 )  # fmt: skip

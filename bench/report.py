@@ -1,0 +1,203 @@
+"""Tables and plots of what `bench.hardware` measured: `python -m trillama.bench.report FILE [OTHER]`.
+
+    FILE                 results.jsonl of a run, or a file of bench/results/
+    OTHER                a second run: every measurement of both beside the other's, and their ratio
+    --save DIR           the run as one document, DIR/CARD-DATE.json: what bench/results/ holds
+    --plots DIR          speed-up over each peer, a bar a case
+    --readme FILE        puts the tables between the two marks `<!-- measured -->` of a Markdown file
+
+A result is a line of plain values. Its words and whole numbers say what was measured (`engine`: whose), its fractional numbers are
+the measurements: lines that differ in `engine` alone are of peers, lines of two runs that agree in all words are of one thing.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+from . import plots
+from .hardware import SECTIONS, facts
+
+MARK = "<!-- measured -->"
+FASTER = {"us": -1, "ms": -1, "seconds": -1, "tokens_per_s": 1, "tflop_s": 1, "gb_s": 1, "bytes_per_s": 1, "flop_per_s": 1}
+OTHERS = ("status", "error", "engine", "seconds", "job")  # not what was measured, nor a measurement
+
+
+def load(file):
+    """The lines of a run: of results.jsonl, or of a document that `save` wrote."""
+    text = Path(file).read_text(encoding="utf-8")
+    try:
+        whole = json.loads(text)
+        lines = whole.get("results", []) if isinstance(whole, dict) and "section" not in whole else [whole]
+    except ValueError:
+        whole = [line for line in text.splitlines() if line.strip()]
+        try:  # a run that was cut short may have cut its last line
+            lines = [json.loads(line) for line in whole[:-1]]
+        except ValueError as error:
+            raise ValueError(f"{file}: expected a line of JSON for each result: {error}") from None
+        try:
+            lines.append(json.loads(whole[-1])) if whole else None
+        except ValueError:
+            print(f"trillama: {file}: the last line is cut short and left out", file=sys.stderr)
+    if not all(isinstance(line, dict) and {"section", "job", "status"} <= line.keys() for line in lines) or not lines:
+        raise ValueError(f"{file}: expected results of trillama.bench.hardware, lines with section, job and status")
+    return lines
+
+
+def of(lines, section):
+    return [line for line in lines if line["section"] == section and line["status"] == "ok"]
+
+
+def card(lines):
+    unknown = {"gpu": "an unknown GPU", "date": "undated", "versions": {}}
+    return next((line for line in of(lines, "facts") if "gpu" in line), unknown)
+
+
+def provenance(lines):
+    """Card, versions and date of a run in one line."""
+    c = card(lines)
+    versions = ", ".join(f"{name} {v}" for name, v in c["versions"].items() if v)
+    return f"{c['gpu']}, driver {c.get('driver')}, {versions}, Python {c.get('python')}; {c['date'][:10]}"
+
+
+def save(lines, folder):
+    """Writes CARD-DATE.json; a second run of a day gets a number."""
+    c = card(lines)
+    name = f"{re.sub('[^A-Za-z0-9]+', '-', c['gpu']).strip('-')}-{c['date'][:10]}"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = [file for file in folder.glob(f"{name}*.json") if load(file) != lines]
+    file = folder / (f"{name}-{len(taken) + 1}.json" if taken else f"{name}.json")
+    rows = ",\n".join(json.dumps(line) for line in lines)
+    head = f'"gpu": {json.dumps(c["gpu"])}, "date": {json.dumps(c["date"])}'
+    file.write_text(f'{{{head}, "results": [\n{rows}\n]}}\n', encoding="utf-8")
+    return file
+
+
+def tables(lines):
+    """The lines of all tables, each section under its title, and what went wrong."""
+    yield provenance(lines)
+    for name in SECTIONS:
+        found = of(lines, name)
+        if found:
+            module = importlib.import_module(f".hardware.{name}", __package__)
+            yield from ("", f"{name}: {module.__doc__.splitlines()[0]}", *module.show(found))
+    wrong = [line for line in lines if line["status"] != "ok"]
+    if wrong:
+        yield from ("", "not measured, or wrong:")
+        yield from (f"{line['section']}: {line['job']}: {line['status']}: {line.get('error')}" for line in wrong)
+
+
+def into_readme(lines, file):
+    """Puts the tables between the two marks of a Markdown file."""
+    text = Path(file).read_text(encoding="utf-8")
+    parts = text.split(MARK)
+    if len(parts) != 3:
+        raise ValueError(f"{file} has {len(parts) - 1} lines {MARK!r}, expected two, with the tables between them")
+    block = "\n".join(tables(lines))
+    Path(file).write_text(f"{parts[0]}{MARK}\n\n```\n{block}\n```\n\n{MARK}{parts[2]}", encoding="utf-8")
+
+
+# --- peers, and two runs ---------------------------------------------------------------------------------------------------
+
+
+def identity(line):
+    """What a line is of: its words and whole numbers."""
+    return tuple((k, v) for k, v in sorted(line.items()) if k not in OTHERS and isinstance(v, (str, int, type(None))))
+
+
+def rate(line):
+    """(a measurement, larger is better) of a line, or None."""
+    for name, direction in FASTER.items():
+        value = line.get(name)
+        if isinstance(value, (int, float)) and value > 0:
+            return value if direction > 0 else 1 / value
+    return None
+
+
+def speedups(lines):
+    """{section: [(what, {peer: our rate over the peer's})]} of the lines that differ in their engine alone."""
+    found = {}
+    for line in lines:
+        if "engine" in line and line["status"] == "ok" and rate(line):
+            found.setdefault((line["section"], identity(line)), {})[line["engine"]] = rate(line)
+    result = {}
+    for (section, what), engines in found.items():
+        ours = engines.pop("trillama", None)
+        if ours and engines:
+            words = " ".join(f"{v}" if isinstance(v, str) else f"{k} {v}" for k, v in what if v is not None and k != "section")
+            result.setdefault(section, []).append((words, {name: ours / other for name, other in engines.items()}))
+    return result
+
+
+def compare(a, b):
+    """The lines of a table: the measurements that both runs have, and b's over a's."""
+    yield f"A: {provenance(a)}"
+    yield f"B: {provenance(b)}"
+    before = {(identity(line), line.get("engine")): line for line in a if line["status"] == "ok"}
+    rows = []
+    for line in (line for line in b if line["status"] == "ok"):
+        other = before.get((identity(line), line.get("engine")), {})
+        for name, value in line.items():
+            if isinstance(value, float) and isinstance(other.get(name), float) and name not in OTHERS and other[name]:
+                what = f"{line['section']}: {line['job']}" + (f", {line['engine']}" if line.get("engine") else "")
+                rows.append((what, name, f"{other[name]:.4g}", f"{value:.4g}", f"{value / other[name]:.2f}"))
+    yield from ("", *plots.table(("", "measured", "A", "B", "B / A"), rows, left=2)) if rows else ("", "nothing in common")
+
+
+def draw(lines, folder):
+    """A file for each section that has peers: how many times as fast as each of them. Returns the files."""
+    files = []
+    for section, cases in speedups(lines).items():
+        peers = sorted({peer for _, engines in cases for peer in engines})
+        drawn, subplots = plots.figure((10, 1.5 + 0.22 * len(cases) * (len(peers) + 1)))
+        axes = subplots()
+        height = 0.8 / len(peers)
+        for j, peer in enumerate(peers):
+            at = [i - 0.4 + (j + 0.5) * height for i, (_, engines) in enumerate(cases) if peer in engines]
+            axes.barh(at, [engines[peer] for _, engines in cases if peer in engines], height, label=peer)
+        axes.set_yticks(range(len(cases)), [what[:70] for what, _ in cases], fontsize=7)
+        axes.invert_yaxis()
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_xlabel("times as fast as the peer")
+        axes.set_title(f"{section}: {provenance(lines)}", fontsize=7)
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        files.append(Path(folder) / f"{section}.png")
+        plots.save(drawn, files[-1])
+    return files
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m trillama.bench.report", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("file", metavar="FILE", help="results.jsonl of a run, or a file of bench/results/")
+    add("other", metavar="OTHER", nargs="?", help="a second run, to be compared with the first")
+    add("--save", metavar="DIR", help="write the run as DIR/CARD-DATE.json")
+    add("--plots", metavar="DIR", help="draw the speed-up over each peer into DIR")
+    add("--readme", metavar="FILE", help=f"put the tables between two lines {MARK}")
+    options = parser.parse_args(argv)
+    lines = load(options.file)
+    if options.other:
+        print("\n".join(compare(lines, load(options.other))))
+        return 0
+    print("\n".join(tables(lines)))
+    if facts.rehearsed(lines) and (options.save or options.readme):
+        raise ValueError(f"{options.file} is of a rehearsal: nothing in it was measured")
+    if options.save:
+        print(f"saved: {save(lines, options.save)}")
+    if options.plots:
+        print(f"plots: {', '.join(map(str, draw(lines, options.plots))) or 'nothing has a peer'}")
+    if options.readme:
+        into_readme(lines, options.readme)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"trillama: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,123 @@
+"""Tables, plots and comparisons of results: of lines as `bench.hardware` writes them."""
+
+import json
+
+import pytest
+from trillama.bench import report
+from trillama.bench.hardware import PRETENDED
+
+pytestmark = pytest.mark.host
+
+CARD = {
+    "section": "facts", "job": "card", "status": "ok", "gpu": "NVIDIA H100 80GB HBM3", "capability": "9.0", "memory": 85899345920,
+    "l2": 52428800, "multiprocessors": 132, "driver": "580.1", "cuda": "13.0", "python": "3.12.3", "cpus": 16,
+    "versions": {"torch": "2.11.0", "triton": "3.6.0", "liger-kernel": None}, "date": "2026-11-29T10:00:00", "clocks": {},
+}  # fmt: skip
+
+
+def results(scale=1.0):
+    norm = {"section": "rows", "status": "ok", "op": "rms_norm", "hidden": 4096, "backward": False}
+    return [
+        CARD,
+        {"section": "facts", "job": "copy", "status": "ok", "bytes_per_s": 3.0e12},
+        {**norm, "job": "rms_norm 4096 trillama", "engine": "trillama", "us": 50.0 * scale, "gb_s": 2800.0 / scale},
+        {**norm, "job": "rms_norm 4096 eager", "engine": "eager", "us": 200.0, "gb_s": 700.0},
+        {**norm, "job": "rms_norm 4096 liger", "engine": "liger", "us": 55.0, "gb_s": 2545.0},
+        {"section": "rows", "job": "swiglu", "status": "crashed", "error": "signal SIGSEGV"},
+    ]
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(lines, name="results.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    from trillama.bench.hardware import rows
+
+    monkeypatch.setattr(rows, "show", lambda found: [f"{len(found)} rows"])
+
+
+def test_every_table_has_card_versions_and_date(file, capsys, rows):
+    assert report.main([str(file(results()))]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == "NVIDIA H100 80GB HBM3, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3; 2026-11-29"
+    assert "3 rows" in out
+    assert "rows: swiglu: crashed: signal SIGSEGV" in out
+
+
+def test_a_run_is_saved_under_card_and_date_and_never_over_another(file, tmp_path, rows):
+    folder = tmp_path / "kept"
+    first = report.save(results(), folder)
+    assert first.name == "NVIDIA-H100-80GB-HBM3-2026-11-29.json"
+    assert report.load(first) == results()
+    assert report.save(results(), folder) == first
+    second = report.save(results(2.0), folder)
+    assert second.name == "NVIDIA-H100-80GB-HBM3-2026-11-29-2.json"
+    assert report.load(first) == results()
+    assert report.main([str(file(results())), "--save", str(folder)]) == 0
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_speedups_are_of_lines_that_differ_in_their_engine_alone():
+    ((what, peers),) = report.speedups(results())["rows"]
+    assert "rms_norm" in what
+    assert "4096" in what
+    assert peers == {"eager": pytest.approx(4.0), "liger": pytest.approx(1.1)}
+
+
+def test_two_runs_are_compared(file, capsys):
+    assert report.main([str(file(results())), str(file(results(0.5), "other.jsonl"))]) == 0
+    out = capsys.readouterr().out
+    rows = {tuple(line.split()[-4:]) for line in out.splitlines() if "rms_norm 4096 trillama" in line}
+    assert rows == {("us", "50", "25", "0.50"), ("gb_s", "2800", "5600", "2.00")}
+
+
+def test_plots(file, tmp_path, capsys, rows):
+    pytest.importorskip("matplotlib")
+    assert report.main([str(file(results())), "--plots", str(tmp_path / "plots")]) == 0
+    assert (tmp_path / "plots" / "rows.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_readme_gets_the_tables(file, tmp_path, rows):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.MARK}\nold\n{report.MARK}\nafter\n")
+    assert report.main([str(file(results())), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith(f"{report.MARK}\nafter\n")
+    assert "3 rows" in text
+    assert report.main([str(file(results())), "--readme", str(readme)]) == 0
+    assert readme.read_text() == text
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="has 0 lines"):
+        report.main([str(file(results())), "--readme", str(readme)])
+
+
+def test_a_rehearsal_is_not_published(file, tmp_path, rows):
+    lines = [{**CARD, "gpu": PRETENDED}, *results()[1:]]
+    with pytest.raises(ValueError, match="is of a rehearsal: nothing in it was measured"):
+        report.main([str(file(lines)), "--save", str(tmp_path)])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "hello\nworld\n", '{"results": []}', '{"section": "rows"}\n{"a": 1}\n'])
+def test_other_files_are_named(tmp_path, text):
+    path = tmp_path / "f.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path}: expected") as caught:
+        report.main([str(path)])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_was_cut_short(file, capsys, rows):
+    path = file(results())
+    path.write_text(path.read_text()[:-30])
+    assert report.load(path) == results()[:-1]
+    assert "cut short" in capsys.readouterr().err
