@@ -17,6 +17,7 @@ import threading
 import time
 
 REHEARSE = "--rehearse"
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 # --- the parent's side -----------------------------------------------------------------------------------------------
@@ -25,15 +26,16 @@ REHEARSE = "--rehearse"
 class Worker:
     """A process that does jobs one after the other; it is started with the first, and again after it has ended."""
 
-    def __init__(self, log, rehearse=False, before=()):
-        """log: a file for what the worker and its libraries print. before: words of a command that takes the worker's own."""
-        self.log, self.before, self.process = log, list(before), None
+    def __init__(self, log, rehearse=False, alone=True):
+        """log: a file for what the worker and its libraries print. alone: False where others compile on the same cores."""
+        self.log, self.alone, self.process = log, alone, None
         self.flags = [REHEARSE] if rehearse else []
 
     def start(self):
-        command = [*self.before, sys.executable, "-m", "trillama.bench.hardware", "--worker", *self.flags]
+        command = [sys.executable, "-m", "trillama.bench.hardware", "--worker", *self.flags]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
-        self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+        environment = dict(os.environ) if self.alone else {**os.environ, **ONE_THREAD}
+        self.process = subprocess.Popen(command, text=True, start_new_session=True, env=environment, **pipes)
 
     def do(self, module, action, work, limit, note):
         """Runs one job, a function of a module; note(result) is called with each of its results. Returns (status, error): "ok" and
@@ -96,7 +98,7 @@ def side_by_side(tasks, workers, log, rehearse, until, note, end):
         waiting.put(task)
 
     def work_on():
-        worker = Worker(log, rehearse)
+        worker = Worker(log, rehearse, alone=False)
         try:
             while True:
                 try:
