@@ -61,6 +61,7 @@ class Llama(nn.Module):
         })  # fmt: skip
         self.lm_head = Linear(config.hidden_size, vocabulary, bias=False)
         self.rope = Rope(config)
+        self.kept = Kept()  # the last cache of `generate`'s own, where a captured step goes with it
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and not parameter.is_meta:
                 nn.init.normal_(parameter, std=config.initializer_range)
@@ -104,6 +105,17 @@ class Llama(nn.Module):
         if ranks is not ALONE:
             model.requires_grad_(False)
         return model.eval()
+
+    def tensors(self):
+        """All that the weights are stored in: parameters, and what quantised weights hold."""
+        yield from self.parameters()
+        for module in self.modules():
+            if isinstance(module, Linear) and module.quantized:
+                yield from (t for t in (module.weight.data, module.weight.scale, module.weight.minimum) if t is not None)
+
+    def _apply(self, function, recurse=True):
+        self.kept.clear()  # the weights move or change their dtype
+        return super()._apply(function, recurse)
 
     def tie(self):
         """Lets the head share the embedding's weight where the config says so."""
@@ -205,6 +217,7 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.batch, self.max_length, self.filled = batch, max_length, 0
         self.streams = {}  # what `kernels.cpu` knows of the weights and of this cache, from the beginning of a sequence to its end
+        self.steps = Kept()  # what `generate` has captured that reads and writes these tensors: freed with them
 
     def reserve(self, tokens):
         """The host's part of `advance`: counts the tokens, or says that there is no room for them."""
@@ -232,6 +245,13 @@ class KVCache:
         """Forgets all tokens."""
         self.filled = 0
         self.lengths.zero_()
+
+
+class Kept(dict):
+    """What is kept with an object for the next time and can be made anew: copies and files of the object have none of it."""
+
+    def __reduce__(self):
+        return Kept, ()
 
 
 class Rope:
