@@ -40,8 +40,9 @@ def jit(fn=None, **options):
 
 
 @jit
-def _probe(x):
-    pass
+def _probe(n):
+    for _ in range(n):
+        pass
 
 
 INTERPRETED = triton is not None and type(_probe).__name__ == "InterpretedFunction"
@@ -90,10 +91,10 @@ def uses_triton(x, dtypes=FLOATS):
     if name == "reference":
         return False
     if name == "auto":
-        return x.is_cuda and triton is not None and x.dtype in dtypes
+        return x.is_cuda and triton is not None and x.dtype in dtypes and not (INTERPRETED and interpreter_obstacle())
     if x.dtype not in dtypes:
         raise TypeError(f"the Triton kernels take {', '.join(str(d)[6:] for d in dtypes)}, not {str(x.dtype)[6:]}")
-    if not x.is_cuda:
+    if INTERPRETED or not x.is_cuda:
         reason = why_not_triton(x.device)
         if reason:
             raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
@@ -104,7 +105,9 @@ def why_not_triton(device):
     """None where Triton kernels can run on tensors of `device`, else the reason, as half a sentence."""
     if triton is None:
         return "Triton is not installed"
-    if device.type == "cuda" or INTERPRETED:
+    if INTERPRETED:
+        return interpreter_obstacle()
+    if device.type == "cuda":
         return None
     try:
         accepted = triton.runtime.driver.active.get_active_torch_device().type
@@ -113,6 +116,21 @@ def why_not_triton(device):
     if accepted == device.type or device.type == "meta":
         return None
     return f"this is a {device.type} tensor, which Triton takes only under TRITON_INTERPRET=1"
+
+
+@functools.cache
+def interpreter_obstacle():
+    """None where Triton's interpreter runs kernels, else the reason, as half a sentence. Triton 3.6's makes no number of an array
+    of one, which numpy 2.4 and later refuse to do for it: none of its kernels comes past a loop. Tried rather than read from
+    version numbers."""
+    try:
+        _probe[(1,)](1)
+    except Exception as error:  # Triton hands on the cause as text within an error of its own
+        import numpy
+
+        reason = str(error).strip().splitlines()[-1]
+        return f"the interpreter of Triton {triton.__version__} fails with numpy {numpy.__version__} ({reason}): numpy<2.4 will do"
+    return None
 
 
 def architecture(x):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .files import CheckpointError, brief, mapped, read_json
-from .gguf_file import read_gguf
+from .gguf_file import package, read_gguf
 from .presets import locate
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
@@ -361,9 +361,7 @@ class GgufFile(Checkpoint):
         stored = self._find(name)
         if stored.ggml_type in GGUF_DTYPES:
             return super().kind(name)
-        from gguf import GGMLQuantizationType
-
-        return GGMLQuantizationType(stored.ggml_type).name
+        return package(stored.path).GGMLQuantizationType(stored.ggml_type).name
 
     def _configure(self, family):
         where, stored = str(self.folder), self._stored
@@ -464,16 +462,14 @@ class GgufFile(Checkpoint):
         return tensor
 
     def _dequantised(self, name, stored):
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        kind, out = GGMLQuantizationType(stored.ggml_type), _scratch(stored.shape, torch.float32)
+        gguf = package(stored.path)
+        kind, out = gguf.GGMLQuantizationType(stored.ggml_type), _scratch(stored.shape, torch.float32)
         raw, values = (t.view(math.prod(stored.shape[:-1]), -1).numpy() for t in (self._map(stored, torch.uint8), out))
         step = max(1, (1 << 20) // stored.shape[-1])  # rows at a time: 4 MB of values
         try:
             with np.errstate(all="ignore"):
                 for row in range(0, len(raw), step):
-                    values[row : row + step] = dequantize(raw[row : row + step], kind)
+                    values[row : row + step] = gguf.quants.dequantize(raw[row : row + step], kind)
             return out
         except NotImplementedError:
             raise CheckpointError(f"{self.describe(name)}: type is {kind.name}, which gguf cannot dequantise") from None

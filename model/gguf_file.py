@@ -60,14 +60,21 @@ def read_gguf(path):
     return metadata, _placed(path, size, table, metadata.get("general.alignment", 32), cursor.position)
 
 
+def package(path):
+    """The package gguf, which knows the types of tensors; a CheckpointError about the file where it is not installed."""
+    try:
+        import gguf  # takes a third of a second: not before there is a file
+    except ImportError:
+        raise CheckpointError(f"{path}: is a GGUF file, which needs the package gguf: pip install gguf") from None
+    return gguf
+
+
 def _placed(path, size, table, alignment, end):
     """TensorInfo for each (type, shape, relative offset), all within the file and none upon another."""
-    from gguf.constants import GGML_QUANT_SIZES  # importing gguf takes a third of a second
-
     if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise CheckpointError(f"{path}: general.alignment is {brief(alignment)}, expected a power of two of at least 8")
     start = -(-end // alignment) * alignment
-    block_sizes = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    block_sizes = {int(kind): sizes for kind, sizes in package(path).GGML_QUANT_SIZES.items()}
     tensors = {}
     for name, (kind, shape, offset) in table.items():
         where = f"{path}: tensor {brief(name)}"

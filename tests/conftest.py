@@ -27,9 +27,12 @@ def smollm2_path():
     from trillama.model import presets
 
     try:
-        return presets.resolve("smollm2")
+        path = presets.resolve("smollm2")
     except OSError as error:
         pytest.skip(f"smollm2 cannot be fetched here: {error}")
+    if path.suffix == ".gguf":
+        pytest.importorskip("gguf")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +40,7 @@ def smollm2_gguf(smollm2_path):
     """The GGUF file of the default model, where the preset itself came from the hub too."""
     from trillama.model import presets
 
+    pytest.importorskip("gguf")
     if smollm2_path.suffix == ".gguf":
         return smollm2_path
     file = smollm2_path.parent / presets.FILE

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -322,6 +321,7 @@ def permuted(name, tensor, config):
 
 def write_gguf(path, model, kind="F32", extra=None, tensors=None):
     """The GGUF of a model, matrices in the given type (a name of GGMLQuantizationType), norms in float32."""
+    gguf = pytest.importorskip("gguf")
     config, writer = model.config, gguf.GGUFWriter(str(path), model.config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -460,6 +460,7 @@ def test_gguf_k_quants(tmp_path, kind):
     for place in scales:
         raw[:, place] = rng.standard_normal(256).astype(np.float16).view(np.uint8).reshape(256, 2)
     expected = dequantised(raw, kind)
+    gguf = pytest.importorskip("gguf")
     writer_type, name = gguf.GGMLQuantizationType[kind], "model.layers.1.self_attn.v_proj.weight"
 
     def replace(writer):
@@ -503,6 +504,8 @@ def test_gguf_rope_of_llama3_is_its_table_of_divisors(tmp_path):
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
 def test_gguf_rope_scaling(tmp_path, kind):
+    gguf = pytest.importorskip("gguf")
+
     def add(writer):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(4.0)
@@ -618,6 +621,7 @@ def test_gguf_that_is_not_supported(tmp_path, add, words):
 def split_gguf(folder, model):
     """The GGUF of a model in three parts, as llama.cpp splits: metadata and some tensors in the first, tensors in the others."""
     write_gguf(folder / "x.gguf", model)
+    gguf = pytest.importorskip("gguf")
     reader = gguf.GGUFReader(folder / "x.gguf")
     tensors, paths = list(reader.tensors), [folder / f"x-{part:05}-of-00003.gguf" for part in (1, 2, 3)]
     for number, (path, some) in enumerate(zip(paths, (tensors[:5], tensors[5:12], tensors[12:]))):

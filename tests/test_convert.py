@@ -16,7 +16,6 @@ from trillama.model.checkpoint import CheckpointError, open_checkpoint
 from trillama.model.convert import convert, rotary_rows
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("gguf")
 
 from test_checkpoint import LLAMA_3_ROPE, assert_same, make, permuted, weights, write_gguf, write_meta  # noqa: E402
 

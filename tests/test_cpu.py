@@ -3,7 +3,6 @@
 import contextlib
 import os
 
-import gguf
 import oracle
 import pytest
 import torch
@@ -244,6 +243,7 @@ def stored_as(kind, *shape):
     if kind == "BF16":
         return w.bfloat16().float()
     w[1], w[2, :32], w[-1, -32:] = 0, 1e-9, w[-1, -1]  # rows of zeros, subnormal steps, groups of one value
+    gguf = pytest.importorskip("gguf")
     kind = getattr(gguf.GGMLQuantizationType, kind)
     return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), kind), kind).copy())
 

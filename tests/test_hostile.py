@@ -12,7 +12,6 @@ import torch
 from trillama.model import Llama, Tokenizer
 
 pytest.importorskip("transformers")
-pytest.importorskip("gguf")
 
 from test_checkpoint import LLAMA_3_ROPE, make, write_meta
 from test_tokenizer import VOCABULARIES, saved

@@ -10,7 +10,6 @@ import pytest
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
-gguf = pytest.importorskip("gguf")
 
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from trillama.model import chat_template  # noqa: E402
@@ -305,6 +304,7 @@ def test_stream_shows_a_half_character_at_the_end(tmp_path):
 
 
 def write_gguf(path, model, tokens, types, *, merges=None, scores=None, pre=None, bos=None, eos=None, **fields):
+    gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_tokenizer_model(model)
     writer.add_token_list(tokens)
@@ -393,6 +393,7 @@ def test_gguf_ends(tmp_path, bos, eos):
 
 def test_smollm2(smollm2_gguf):
     """Against a tokenizer built by hand from the vocabulary: transformers' own conversion of this file loses the digits."""
+    gguf = pytest.importorskip("gguf")
     fields = gguf.GGUFReader(smollm2_gguf).fields
     tokens, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
     backend = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]))
