@@ -10,7 +10,8 @@ from functools import cached_property
 
 PIPES = ("tensor", "mufu", "fma", "alu", "lsu", "shuffle", "uniform", "control")
 
-_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z]\w*)([\w.]*)\s*(.*?)\s*;", re.M)
+# CUDA 12.8's cuobjdump, which Triton 3.6 brings, puts scheduling hints behind what it reads of sm_120: `&req={1}  ?trans5;`.
+_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z]\w*)([\w.]*)\s*([^;]*?)\s*(?:[&?]\w[^;]*)?;", re.M)
 _TENSOR = re.compile(r"[HIBDQO]MMA|[HIBQ]GMMA|UTC[HIQO]MMA")
 _FMA = {"FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2", "FFMA32I", "FMUL32I", "FADD32I", "HFMA2", "HMUL2", "HADD2"}
 _MUFU = {"MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO", "BREV"}

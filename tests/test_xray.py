@@ -59,6 +59,12 @@ def test_loops_come_from_back_edges_not_from_addresses(code):
     assert len(sass.hottest(code)) == 12
 
 
+def test_scheduling_hints_are_no_operands(code):
+    """CUDA 12.8's cuobjdump prints them for sm_120; a branch whose target is not found makes no loop."""
+    lines = LISTING.replace(" ;", "   &req={1,0} &wr=0x2   ?WAIT5_END_GROUP;").replace("0x140;", "0x140   ?trans5;")
+    assert sass.body(sass.parse(lines, "kernel")) == code
+
+
 def test_of_two_equal_loops_the_shorter_is_the_hottest():
     short = "/*0000*/ HMMA.16816.F32 R0, R1, R2, R3 ;\n/*0010*/ @P0 BRA 0x0 ;\n"
     long = "/*0020*/ HMMA.16816.F32 R0, R1, R2, R3 ;\n/*0030*/ FSEL R0, R1, R2, P1 ;\n/*0040*/ @P0 BRA 0x20 ;\n/*0050*/ EXIT ;\n"
