@@ -4,9 +4,9 @@ import contextlib
 import os
 
 import gguf
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import quantize, reference, rms_norm, use_backend
 from trillama.model import KVCache, generate
 
