@@ -8,7 +8,7 @@ What tests use:
     triton      fixture: the Triton backend is in force and every launch is recorded; `triton.names` lists the kernels that ran
     dtype       parametrised by whoever asks for it: the dtypes that can be trusted in this mode
     poisoned    fixture: torch.empty and its relatives return NaN, so that an element nobody writes is seen
-Formulas in float64 and the comparison rules are in tests/oracle.py.
+Formulas in float64 and the comparison rules are in bench/oracle.py.
 """
 
 import contextlib

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import attention, flash_attention, reference, tuning
 from trillama.kernels.dispatch import INTERPRETED, observe
 

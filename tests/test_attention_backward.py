@@ -1,8 +1,8 @@
 """Gradients of flash_attention against float64 autograd of the formula."""
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import attention, flash_attention, reference
 from trillama.kernels.dispatch import INTERPRETED
 

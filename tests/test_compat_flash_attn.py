@@ -1,9 +1,9 @@
 """flash-attention's calls: its published semantics (layouts, bottom-right causality, window pairs, softcap, lse, packed sequences,
 cache append with rotary) against the formulas in float64."""
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import use_backend
 from trillama.kernels.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 

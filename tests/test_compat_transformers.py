@@ -3,9 +3,9 @@ packing, training, compile; and the masks that are refused. Runs with transforme
 
 import copy
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 
 transformers = pytest.importorskip("transformers")
 trillama = pytest.importorskip("trillama.kernels.compat.transformers")

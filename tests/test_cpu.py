@@ -3,9 +3,9 @@
 import contextlib
 import os
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import quantize, reference, rms_norm, use_backend
 from trillama.model import KVCache, generate
 

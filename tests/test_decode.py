@@ -1,8 +1,8 @@
 """decode_attention against the formula in float64: lengths, splits, pages, groups, windows; its bits, launches, compilations."""
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import decode_attention, reference, use_backend
 from trillama.kernels.decode import counters
 from trillama.kernels.dispatch import INTERPRETED

@@ -1,8 +1,8 @@
 """float32 means float32 in products too: on NVIDIA three products of tensor cores stand for one, in the interpreter scalars do."""
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import decode_attention, decode_linear, flash_attention, reference
 
 

@@ -1,8 +1,8 @@
 """swiglu against the formula in float64: values, gradients, strides, errors."""
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import reference, swiglu, use_backend
 
 SIZES = [1, 2, 7, 63, 64, 100, 127, 576, 1000, 1024, 1536, 2048, 5632, 8192, 11008, 14336, 20000, 70_000]

@@ -1,8 +1,8 @@
 """decode_linear against the formula in float64: sizes, what is fused with it, views, bits, launches, quantised weights, errors."""
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import decode_linear, reference, use_backend
 from trillama.kernels.dispatch import INTERPRETED, observe
 from trillama.kernels.quantized import QuantizedWeight, quantize

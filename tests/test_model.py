@@ -2,9 +2,9 @@
 
 import json
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.model import KVCache, Llama
 from trillama.model.config import Config
 

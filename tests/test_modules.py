@@ -1,9 +1,9 @@
 """RMSNorm and SwiGLU as modules: state dicts, constructors and numbers of what they replace."""
 
-import oracle
 import pytest
 import torch
 from torch import nn
+from trillama.bench import oracle
 from trillama.kernels import RMSNorm, SwiGLU, use_backend
 
 

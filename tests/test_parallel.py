@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import torch
 import worlds
-from trillama.bench import roofline
+from trillama.bench import oracle, roofline
 from trillama.bench.cases import MODELS
 from trillama.model import KVCache, generate, parallel
 from trillama.model.config import Config

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import apply_rope, rms_norm, swiglu
 from trillama.kernels.dispatch import INTERPRETED
 

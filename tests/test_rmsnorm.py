@@ -1,8 +1,8 @@
 """rms_norm and add_rms_norm against the formula in float64: values, gradients, strides, errors."""
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import add_rms_norm, reference, rms_norm, use_backend
 
 SIZES = [1, 2, 63, 64, 100, 127, 576, 1000, 1024, 1536, 2048, 3072, 4096, 5120, 8192, 14336, 40000, 100_000]

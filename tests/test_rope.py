@@ -1,8 +1,8 @@
 """apply_rope and rope_append_ against the rotation in float64: values, gradients, layouts, caches, errors."""
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import apply_rope, reference, rope_append_, tuning, use_backend
 
 LONG = 131_072

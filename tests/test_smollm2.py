@@ -6,9 +6,9 @@ The oracle is built from the GGUF by hand (names, and the rows of q and k that G
 import re
 
 import numpy
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import use_backend
 from trillama.model import KVCache, Llama, Tokenizer, generate
 

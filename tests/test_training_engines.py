@@ -3,10 +3,10 @@
 import sys
 
 import numpy as np
-import oracle
 import pytest
 import torch
 import worlds
+from trillama.bench import oracle
 from trillama.kernels import add_rms_norm, rms_norm, swiglu, use_backend
 
 pytest.importorskip("transformers")

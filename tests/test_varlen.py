@@ -3,9 +3,9 @@
 import math
 from itertools import pairwise
 
-import oracle
 import pytest
 import torch
+from trillama.bench import oracle
 from trillama.kernels import flash_attention, flash_attention_varlen, reference
 from trillama.kernels.dispatch import INTERPRETED
 

@@ -16,7 +16,7 @@ def rms_norm(x, weight, eps=1e-6, offset=0.0):
 def rope(x, cos, sin, positions, interleaved=False):
     """x [B, H, S, D]; cos, sin [P, R/2]; positions [B, S]: the pair (a, b) becomes (a cos - b sin, a sin + b cos)."""
     half = cos.shape[-1]
-    first = torch.arange(half) * (2 if interleaved else 1)
+    first = torch.arange(half, device=x.device) * (2 if interleaved else 1)
     second = first + (1 if interleaved else half)
     c, s = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     a, b = x[..., first], x[..., second]
@@ -42,15 +42,15 @@ def attention(q, k, v, *, left=None, right=0, scale=None, softcap=None, lengths=
     scores = torch.einsum("bhsd,bhtd->bhst", q, k) * (1 / math.sqrt(D) if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    n = torch.full((B,), T) if lengths is None else lengths.long().cpu()
-    position = n.view(B, 1, 1, 1) - S + torch.arange(S).view(1, 1, S, 1)
-    key = torch.arange(T).view(1, 1, 1, T)
+    n = (torch.full((B,), T) if lengths is None else lengths.long()).to(q.device)
+    position = n.view(B, 1, 1, 1) - S + torch.arange(S, device=q.device).view(1, 1, S, 1)
+    key = torch.arange(T, device=q.device).view(1, 1, 1, T)
     seen = (key < n.view(B, 1, 1, 1)).expand(B, 1, S, T)
     if right is not None:
         seen = seen & (key <= position + right)
     if left is not None:
         seen = seen & (key >= position - left)
-    scores = torch.where(seen, scores, torch.tensor(-math.inf, dtype=scores.dtype))
+    scores = torch.where(seen, scores, -math.inf)
     some = seen.any(-1, keepdim=True)
     shift = torch.where(some, scores.amax(-1, keepdim=True) if T else scores.sum(-1, keepdim=True), 0.0).detach()
     weights = torch.where(seen, torch.exp(torch.where(seen, scores, shift) - shift), 0.0)
