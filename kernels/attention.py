@@ -15,14 +15,30 @@ position i + T - S. Seen from a key it is the same with left and right, S and T 
 with one more offset: a batch of one, cut by `cu_seqlens`.
 """
 
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import Optional
 
 import torch
 
 from . import reference, tuning
-from .dispatch import WIDEN, architecture, call, cdiv, check, check_same, jit, launch, nvidia, register, scratch, tl, uses_triton
+from .dispatch import (
+    WIDEN,
+    architecture,
+    asked,
+    call,
+    cdiv,
+    check,
+    check_same,
+    fresh,
+    jit,
+    launch,
+    nvidia,
+    register,
+    remembered,
+    taped,
+    tl,
+    uses_triton,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -472,9 +488,13 @@ def _precision(x):
     arXiv:2203.03341), as scalar multiplications keep whole rows of both operands in registers. AMD has only those."""
     if x.dtype != torch.float32:
         return "ieee"
-    if torch.backends.cuda.matmul.allow_tf32:
+    if asked(_allow_tf32):
         return "tf32"
     return "tf32x3" if nvidia(x) else "ieee"
+
+
+def _allow_tf32():
+    return torch.backends.cuda.matmul.allow_tf32
 
 
 def _strides(x, starts):
@@ -505,23 +525,22 @@ def _describable(x):
 
 def _forward(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, softcap, left, right, need_lse):
     """(out [B, Hq, S, D], in memory [B, S, Hq, D]; lse [B, Hq, S] or empty). Packed sequences: B is 1, `starts` cut S and T."""
-    out, lse = _outputs(q, need_lse)
+    out, lse = (fresh(t) for t in _outputs(q, need_lse))
     if scale < 0:  # the kernel takes the largest score before it scales
-        q, scale = -q, -scale
+        q, scale = taped(torch.neg, q), -scale
     B, Hq, S, D = q.shape
     Hk = k.shape[1]
     tile = tuning.attention(architecture(q), D, q.element_size())
     heads = Hq * (B if starts_q is None else len(starts_q) - 1)
     descriptors = tile.descriptors and _describable(k) and _describable(v)
-    with scratch(q) if descriptors else nullcontext():
-        launch(
-            _forward_kernel,
-            (cdiv(longest_q, tile.block_m) * heads,),
-            q, k, v, out, lse if need_lse else None, starts_q, starts_k, scale, softcap, left, right,
-            longest_q, longest_k, heads, _section(k, heads, Hq // Hk), S,
-            *(_strides(t, starts_q) for t in (q, k, v, out)),
-            HEADS=Hq, GROUP=Hq // Hk, DESCRIPTORS=descriptors, **_constants(tile, q),
-        )  # fmt: skip
+    launch(
+        _forward_kernel,
+        (cdiv(longest_q, tile.block_m) * heads,),
+        q, k, v, out, lse if need_lse else None, starts_q, starts_k, scale, softcap, left, right,
+        longest_q, longest_k, heads, _section(k, heads, Hq // Hk), S,
+        *(_strides(t, starts_q) for t in (q, k, v, out)),
+        HEADS=Hq, GROUP=Hq // Hk, DESCRIPTORS=descriptors, **_constants(tile, q),
+    )  # fmt: skip
     return out, lse
 
 
@@ -545,15 +564,14 @@ def _backward(
     if need_dq:
         heads = Hq * sequences
         descriptors = tile_dq.descriptors and _describable(k) and _describable(v)
-        with scratch(q) if descriptors else nullcontext():
-            launch(
-                _dq_kernel,
-                (cdiv(longest_q, tile_dq.block_m) * heads,),
-                q, k, v, dout, lse2, delta, dq, starts_q, starts_k, scale, softcap, left, right,
-                longest_q, longest_k, heads, _section(k, heads, group), S,
-                *(_strides(t, starts_q) for t in (q, k, v, dout, dq)),
-                HEADS=Hq, GROUP=group, DESCRIPTORS=descriptors, **_constants(tile_dq, q),
-            )  # fmt: skip
+        launch(
+            _dq_kernel,
+            (cdiv(longest_q, tile_dq.block_m) * heads,),
+            q, k, v, dout, lse2, delta, dq, starts_q, starts_k, scale, softcap, left, right,
+            longest_q, longest_k, heads, _section(k, heads, group), S,
+            *(_strides(t, starts_q) for t in (q, k, v, dout, dq)),
+            HEADS=Hq, GROUP=group, DESCRIPTORS=descriptors, **_constants(tile_dq, q),
+        )  # fmt: skip
     if need_dkv:
         heads = Hk * sequences
         launch(
@@ -694,6 +712,7 @@ def _run(q, k, v, starts_q, starts_k, longest_q, longest_k, left, right, scale, 
     )
 
 
+@remembered
 def flash_attention(q, k, v, *, causal=True, scale=None, window=None, softcap=None, return_lse=False):
     """softmax(scale q k^T) v, the scores never written to memory.
 
@@ -713,6 +732,7 @@ def flash_attention(q, k, v, *, causal=True, scale=None, window=None, softcap=No
     return (out, lse) if return_lse else out
 
 
+@remembered
 def flash_attention_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
     causal=True, scale=None, window=None, softcap=None, return_lse=False,

@@ -29,10 +29,13 @@ from .dispatch import (
     check,
     check_same,
     dependence,
+    fresh,
     jit,
     launch,
     register,
     release_dependents,
+    remembered,
+    taped,
     tl,
     uses_triton,
 )
@@ -197,14 +200,14 @@ def _forward(q, k_cache, v_cache, lengths, scale, window, softcap, block_table, 
     group = Hq // max(1, Hk)
     tile = tuning.decode(architecture(q), D, q.element_size(), group * S)
     split, most = (tile.split, tile.max_splits) if splits is None else (tile.block_n, splits)
-    out = torch.empty((B, Hq, S, D), dtype=q.dtype, device=q.device)
+    out = fresh(torch.empty((B, Hq, S, D), dtype=q.dtype, device=q.device))
     programs = Hk * cdiv(group * S, tile.block_m)
     visible = capacity if window is None else min(capacity, window + S - 1)
     slots = max(1, min(most, cdiv(visible, split)))
     partial = counter = None
     if slots > 1:
-        partial = torch.empty((B, programs, slots, tile.block_m * (D + 2)), dtype=torch.float32, device=q.device)
-        counter = _counters(B * programs, q.device)
+        partial = fresh(torch.empty((B, programs, slots, tile.block_m * (D + 2)), dtype=torch.float32, device=q.device))
+        counter = taped(_counters, B * programs, q.device)
     launch(
         _decode_kernel,
         (slots, programs, B),
@@ -268,6 +271,7 @@ def _check_integers(op, name, t, q, shape):
     )
 
 
+@remembered
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, softcap=None, block_table=None, splits=None):
     """Attention of the newest S tokens of each sequence over its key/value cache, theirs included.
 

@@ -2,14 +2,18 @@
 
 An op is one function `_op(...)` that asks `uses_triton` and either launches kernels or calls the reference. `register` makes a
 `torch.library` custom op of it, so that torch.compile, autograd and FakeTensors see it; `call` takes the short way past the
-dispatcher when none of them is watching.
+dispatcher when none of them is watching. A public function is `remembered`: what it did for tensors of some shapes, strides and
+dtypes it does again for others of the same, without checking, choosing and binding anew.
 """
 
 import contextlib
 import functools
+import operator
 import os
+import threading
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -80,9 +84,18 @@ def _known(name, source):
     return name
 
 
+def environment(name):
+    """os.environ.get(name), which encodes, raises and catches for two microseconds to say that there is nothing: looked up before
+    in the dict behind it, where there is one."""
+    variables = getattr(os.environ, "_data", None)
+    if variables is not None and os.environ.encodekey(name) not in variables:
+        return None
+    return os.environ.get(name)
+
+
 def backend():
     """The backend in force: `use_backend`, else the environment's TRILLAMA_BACKEND, else "auto"."""
-    return _chosen or _known(os.environ.get("TRILLAMA_BACKEND") or "auto", "TRILLAMA_BACKEND")
+    return _chosen or _known(environment("TRILLAMA_BACKEND") or "auto", "TRILLAMA_BACKEND")
 
 
 def uses_triton(x, dtypes=FLOATS):
@@ -110,7 +123,7 @@ def why_not_triton(device):
     if device.type == "cuda":
         return None
     try:
-        accepted = triton.runtime.driver.active.get_active_torch_device().type
+        accepted = driver().get_active_torch_device().type
     except Exception:  # Triton reports a missing driver in a different way in each version
         accepted = None
     if accepted == device.type or device.type == "meta":
@@ -133,13 +146,22 @@ def interpreter_obstacle():
     return None
 
 
+def driver():
+    """The driver that Triton compiles and launches with."""
+    return asked(_driver)
+
+
+def _driver():
+    return triton.runtime.driver.active
+
+
 def architecture(x):
     """Compute capability as an integer (80, 90, ...) of the device that `x` is on, or the one Triton compiles for."""
     if x.is_cuda:
         return _capability(x.device)
     if INTERPRETED or triton is None:
         return 80
-    arch = triton.runtime.driver.active.get_current_target().arch
+    arch = driver().get_current_target().arch
     return arch if isinstance(arch, int) else 80  # AMD: "gfx942"
 
 
@@ -147,7 +169,7 @@ def nvidia(x):
     """Whether the device that `x` is on, or the one Triton compiles for, is NVIDIA's."""
     if x.is_cuda:
         return torch.version.hip is None
-    return not INTERPRETED and triton is not None and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return not INTERPRETED and triton is not None and driver().get_current_target().backend == "cuda"
 
 
 _capabilities = {}
@@ -183,12 +205,28 @@ def launch(kernel, grid, *arguments, **options):
     for callback in _observers:
         if callback(kernel, grid, arguments, options):
             return
-    device = arguments[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # Triton launches on the current device, not on the tensor's
-            kernel[grid](*arguments, **options)
-    else:
-        kernel[grid](*arguments, **options)
+    if forward_ad._current_level >= 0:
+        for a in arguments:
+            if isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+                raise NotImplementedError("the Triton kernels have no forward-mode derivatives: use the reference or a backward")
+    with scratch(arguments[0]), _current(arguments[0].device):
+        compiled = kernel[grid](*arguments, **options)
+    if _own.tape is not None:
+        _own.tape.launch(compiled, kernel, grid, arguments, options)
+
+
+def _knobs():
+    """What of Triton's settings is part of the compiled code."""
+    knobs = triton.knobs
+    return knobs.runtime.debug, knobs.compilation.instrumentation_mode, knobs.runtime.add_stages_inspection_hook
+
+
+_nothing = contextlib.nullcontext()
+
+
+def _current(device):
+    """Within the block `device` is the current one: Triton launches there, not where the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" and device.index != torch.cuda.current_device() else _nothing
 
 
 # --- programmatic dependent launch -----------------------------------------------------------------------------------
@@ -219,10 +257,13 @@ class dependent_launch:
 
 def dependence(x):
     """The launch options of a kernel that takes a flag PDL."""
-    on = os.environ.get("TRILLAMA_PDL") == "1" if _dependent is None else _dependent
-    if on and not INTERPRETED and architecture(x) >= 90:
+    if not INTERPRETED and architecture(x) >= 90 and asked(_on):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
+
+
+def _on():
+    return environment("TRILLAMA_PDL") == "1" if _dependent is None else bool(_dependent)
 
 
 @jit
@@ -360,7 +401,7 @@ def call(op, function, *arguments):
     for a in arguments:
         if isinstance(a, torch.Tensor) and ((grad and a.requires_grad) or type(a) not in _PLAIN):
             return op(*arguments)
-    return function(*arguments)
+    return function(*arguments) if _own.tape is None else _own.tape.call(function, arguments)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -380,6 +421,239 @@ def promoted(*tensors):
         return tensors
     widest = functools.reduce(torch.promote_types, dtypes)
     return tuple(None if t is None else t.to(widest) for t in tensors)
+
+
+# --- remembered calls ------------------------------------------------------------------------------------------------
+
+MOST = 1024  # calls that a function remembers; then it begins anew
+_NUMBERS = (int, float, bool, str, type(None))
+_memories = []
+
+
+class _Own(threading.local):
+    tape = None  # what the call under way notes
+
+
+_own = _Own()
+
+
+def remembered(function):
+    """The public function, which does again what it did for arguments that differ in the tensors' data alone, and only that.
+
+    What `function` does is noted: `call`, `launch`, and `fresh` or `taped` for what else makes, views or writes a tensor. All of it
+    must follow from shapes, strides, dtypes, devices, 16-byte alignment and numbers, and from what `asked` was asked. Nothing is
+    noted, and all is done in full, where somebody watches: autograd, torch.compile, a tensor subclass, a dispatch mode, `observe`.
+    """
+    calls = {}
+    _memories.append(calls)
+
+    @functools.wraps(function)
+    def wrapper(*arguments, **named):
+        if torch.compiler.is_compiling():
+            return function(*arguments, **named)
+        given = (*arguments, *named.values())
+        key = _key(given, named)
+        known = calls.get(key)
+        if known is not None:
+            answers, steps, result = known
+            for question, answer in answers:
+                if question() != answer:
+                    break
+            else:
+                tensors = [*given]
+                for step in steps:
+                    step(tensors)
+                return result(tensors)
+        if key is None:
+            return function(*arguments, **named)
+        outer, tape = _own.tape, _Tape(given)
+        _own.tape = tape
+        try:
+            result = function(*arguments, **named)
+        finally:
+            _own.tape = outer
+        give = tape.finder(result)
+        if give is not None:
+            if len(calls) >= MOST:
+                calls.clear()
+            calls[key] = [*tape.answers.items()], tape.steps, give
+        return result
+
+    return wrapper
+
+
+def forget():
+    """What was remembered of all calls: the tables that they followed have changed."""
+    for calls in _memories:
+        calls.clear()
+
+
+def _key(given, names):
+    """What a call does follows from this; None: it must be done in full."""
+    if _observers or forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
+        return None
+    if torch._C._functorch.maybe_current_level() is not None:
+        return None
+    grad = torch.is_grad_enabled()
+    key = [backend(), *names]
+    try:
+        for a in given:
+            kind = type(a)
+            if kind in _PLAIN:
+                differentiable = a.requires_grad
+                if differentiable and grad:
+                    return None
+                key += (a.shape, a.stride(), a.dtype, a.device, differentiable, a.data_ptr() % 16)
+            elif kind in _NUMBERS:
+                key += (kind, a)
+            else:
+                return None
+    except RuntimeError:  # a tensor without strides or memory
+        return None
+    return tuple(key)
+
+
+def asked(question):
+    """question(), on which what a remembered call does depends: it is asked again before."""
+    answer = question()
+    if _own.tape is not None:
+        _own.tape.answers[question] = answer
+    return answer
+
+
+def taped(function, *arguments, **options):
+    """function(*arguments, **options), which a remembered call does again, with its own tensors in the place of these."""
+    tape, _own.tape = _own.tape, None
+    try:
+        result = function(*arguments, **options)
+    finally:
+        _own.tape = tape
+    if tape is not None:
+        tape.step(function, arguments, options, result)
+    return result
+
+
+def written(*tensors):
+    """Counts a version of the tensors (None is passed over), as torch does of what it writes itself: autograd sees no kernel."""
+    taped(_count, *tensors)
+
+
+def _count(*tensors):
+    torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
+
+
+def fresh(tensor):
+    """The tensor, uninitialised, in whose place a remembered call makes another one."""
+    if _own.tape is not None:
+        _own.tape.fresh(tensor)
+    return tensor
+
+
+class _Tape:
+    """What a call did, as steps on a list of tensors: at first those given, to which every step appends what it makes."""
+
+    def __init__(self, given):
+        self.answers, self.steps = {}, []
+        self.tensors = [*given]  # kept for as long as they are known by their ids
+        self.numbers = {id(t): number for number, t in enumerate(given) if isinstance(t, torch.Tensor)}
+        self.clear = len(self.numbers) == sum(isinstance(t, torch.Tensor) for t in given)  # where every tensor comes from
+        self.given = len(given)
+
+    def _places(self, arguments):
+        """(the arguments without tensors, [(place, number) of the tensors])"""
+        template, places = list(arguments), []
+        for place, a in enumerate(arguments):
+            if isinstance(a, torch.Tensor):
+                template[place] = None
+                places.append((place, self.numbers.get(id(a))))
+        self.clear = self.clear and all(number is not None for _, number in places)
+        return template, places
+
+    def step(self, function, arguments, options, result):
+        template, places = self._places(arguments)
+        several = isinstance(result, tuple)
+
+        def step(tensors):
+            filled = template.copy()
+            for place, number in places:
+                filled[place] = tensors[number]
+            result = function(*filled, **options)
+            if several:
+                tensors.extend(result)
+            else:
+                tensors.append(result)
+
+        for t in result if several else (result,):
+            self._add(t)
+        self.steps.append(step)
+
+    def fresh(self, tensor):
+        shape, strides, dtype, device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+        def step(tensors):
+            tensors.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
+
+        self._add(tensor)
+        self.steps.append(step)
+
+    def _add(self, tensor):
+        self.numbers[id(tensor)] = len(self.tensors)
+        self.tensors.append(tensor)
+
+    def call(self, function, arguments):
+        """function(*arguments), noted as the launches it makes, or as one step where they are not all there is to it."""
+        before, steps, tensors = (dict(self.numbers), self.clear), len(self.steps), len(self.tensors)
+        self.launched = False
+        result = function(*arguments)
+        if not self.launched or self.finder(result) is None:
+            self.numbers, self.clear = before
+            del self.steps[steps:], self.tensors[tensors:]
+            self.step(function, arguments, {}, result)
+        return result
+
+    def launch(self, compiled, kernel, grid, arguments, options):
+        """The launch of the compiled kernel, as `kernel[grid]` gave it: all parameters by position, constants too."""
+        if not isinstance(compiled, triton.compiler.CompiledKernel):  # there is none in the interpreter
+            self.clear = False
+            return
+        asked(_driver)
+        asked(_knobs)
+        bound = [*arguments, *(options[name] for name in kernel.arg_names[len(arguments) :])]
+        template, places = self._places(bound)
+        made = [number for _, number in places if number is not None and number >= self.given]
+        aligned = [(number, self.tensors[number].data_ptr() % 16 == 0) for number in made]  # of those given, the key says it
+        run = compiled[(*grid, 1, 1)[:3]]
+        anew = functools.partial(kernel[grid], **{n: o for n, o in options.items() if n not in kernel.arg_names})
+        needs_scratch = compiled.metadata.global_scratch_size
+        index = arguments[0].device.index if arguments[0].is_cuda else None
+
+        def step(tensors):
+            filled = template.copy()
+            for place, number in places:
+                filled[place] = tensors[number]
+            usual = not kernel.pre_run_hooks
+            for number, answer in aligned:
+                usual = usual and (tensors[number].data_ptr() % 16 == 0) == answer
+            now = run if usual else anew
+            if needs_scratch or (index is not None and index != torch.cuda.current_device()):
+                with scratch(filled[0]), _current(filled[0].device):
+                    now(*filled)
+            else:
+                now(*filled)
+
+        self.steps.append(step)
+        self.launched = True
+
+    def finder(self, result):
+        """What finds the result among the tensors, or None where the steps do not lead there."""
+        if result is None:
+            return _nowhere if self.clear else None
+        numbers = [self.numbers.get(id(t)) for t in (result if isinstance(result, tuple) else (result,))]
+        return operator.itemgetter(*numbers) if self.clear and None not in numbers else None
+
+
+def _nowhere(tensors):
+    return None
 
 
 # --- argument checks -------------------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ from .dispatch import (
     cdiv,
     check,
     check_same,
+    fresh,
     jit,
     launch,
     promoted,
     register,
+    remembered,
     row_offset,
     row_strides,
     tl,
@@ -112,7 +114,7 @@ def _swiglu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> 
 
 
 def _like(x):
-    return x.new_empty(x.shape)
+    return fresh(torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
 _swiglu_op = register(
@@ -123,6 +125,7 @@ _swiglu_op = register(
 _backward_op = register("swiglu_backward", _swiglu_backward, lambda dy, gate, up: (_like(gate), _like(gate)))
 
 
+@remembered
 def swiglu(gate, up):
     """silu(gate) * up, computed in float32 and rounded once.
 

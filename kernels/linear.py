@@ -24,11 +24,13 @@ from .dispatch import (
     check,
     check_same,
     dependence,
+    fresh,
     jit,
     launch,
     prefetch,
     register,
     release_dependents,
+    remembered,
     row_offset,
     row_strides,
     tl,
@@ -207,7 +209,7 @@ def _strides(t, sizes):
 def _fused(x, weight, scale, minimum, norm, eps, residual, activation, bias):
     K = x.shape[-1]
     columns = weight.shape[0] // (2 if activation == "swiglu" else 1)
-    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    out = fresh(torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device))
     rows = x.shape[:-1].numel()
     middle, inner, strides = row_strides(*(t for t in (x, residual) if t is not None))
     group = K // scale.shape[1] if minimum is not None else None
@@ -288,9 +290,15 @@ def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=N
     weight; more go through `rms_norm`, torch's matrix product and `swiglu`, a quantised weight in parts. Not differentiable.
     Raises ValueError or TypeError for arguments that do not fit.
     """
-    _check(x, weight, norm, residual, activation, bias)
     if not isinstance(weight, QuantizedWeight):
-        return call(_op, _decode_linear, x, weight, None, None, norm, eps, residual, activation, bias)
-    if not uses_triton(x) and not torch.compiler.is_compiling():  # the object itself, which remembers its packed form
-        return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
-    return call(_op, _decode_linear, x, weight.data, weight.scale, weight.minimum, norm, eps, residual, activation, bias)
+        return _call(x, weight, None, None, norm, eps, residual, activation, bias)
+    if torch.compiler.is_compiling() or (isinstance(x, torch.Tensor) and uses_triton(x)):
+        return _call(x, weight.data, weight.scale, weight.minimum, norm, eps, residual, activation, bias)
+    _check(x, weight, norm, residual, activation, bias)  # the reference takes the object itself, which remembers its packed form
+    return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
+
+
+@remembered
+def _call(x, weight, scale, minimum, norm, eps, residual, activation, bias):
+    _check(x, weight if scale is None else QuantizedWeight(weight, scale, minimum), norm, residual, activation, bias)
+    return call(_op, _decode_linear, x, weight, scale, minimum, norm, eps, residual, activation, bias)

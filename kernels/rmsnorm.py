@@ -20,10 +20,12 @@ from .dispatch import (
     cdiv,
     check,
     check_same,
+    fresh,
     jit,
     launch,
     promoted,
     register,
+    remembered,
     row_offset,
     row_strides,
     tl,
@@ -193,8 +195,8 @@ def _rows_of(*tensors):
 def _forward(x, residual, weight, eps, offset, casting):
     """(y, total), both contiguous; total is None without a residual."""
     n = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(y)
+    y = fresh(torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    total = None if residual is None else fresh(torch.empty(x.shape, dtype=x.dtype, device=x.device))
     rows, middle, inner, (x_strides, residual_strides, _, _) = _rows_of(x, residual, y, total)
     tile = tuning.rows(n, x.element_size())
     launch(
@@ -304,6 +306,7 @@ def _check(op, x, weight, casting, residual=None):
         )
 
 
+@remembered
 def rms_norm(x, weight, eps=1e-6, *, offset=0.0, casting="llama"):
     """x / rms(x) * (offset + weight) over the last axis; rms(x) = sqrt(mean(x²) + eps).
 
@@ -316,6 +319,7 @@ def rms_norm(x, weight, eps=1e-6, *, offset=0.0, casting="llama"):
     return call(_rms_norm_op, _rms_norm, x, weight, eps, offset, casting)
 
 
+@remembered
 def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, casting="llama"):
     """(rms_norm(x + residual), x + residual) in one pass over memory: what stands between two blocks of a transformer.
 

@@ -20,13 +20,16 @@ from .dispatch import (
     check,
     check_same,
     dependence,
+    fresh,
     jit,
     launch,
     promoted,
     register,
     release_dependents,
+    remembered,
     tl,
     uses_triton,
+    written,
 )
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
@@ -160,8 +163,8 @@ def _rotate(q, k, cos, sin, positions, interleaved, inverse, v=None, caches=(Non
     """(rotated q, rotated k); with v, k and v go into the caches instead and the second result is k's cache."""
     B, HQ, S, D = q.shape
     HK, half = k.shape[1], cos.shape[1]
-    q_out = _empty(q)
-    k_out, v_out = (_empty(k), None) if v is None else caches
+    q_out = fresh(_empty(q))
+    k_out, v_out = (fresh(_empty(k)), None) if v is None else caches
     heads = HQ + HK * (1 if v is None else 2)
     tile = tuning.rope(half, D - 2 * half, math.gcd(HQ, HK), q.element_size())
     blocks = cdiv(S, tile.block_s)
@@ -220,8 +223,7 @@ def _rope_append_(
     v_cache: torch.Tensor, positions: torch.Tensor, block_table: Optional[torch.Tensor], interleaved: bool,
 ) -> torch.Tensor:  # fmt: skip
     if uses_triton(q):
-        if not k_cache.is_inference():
-            torch.autograd.graph.increment_version((k_cache, v_cache))  # a kernel's writes are not seen by autograd
+        written(k_cache, v_cache)
         return _rotate(q, k, cos, sin, positions, interleaved, False, v, (k_cache, v_cache), block_table)[0]
     rotated = reference.rope_append_(
         q, k, v, cos, sin, k_cache, v_cache, positions, block_table=block_table, interleaved=interleaved
@@ -295,6 +297,7 @@ def _check_cache(op, k, name, cache, paged):
     )
 
 
+@remembered
 def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
     """q and k rotated by the angles of their tokens' positions, in one launch.
 
@@ -311,6 +314,7 @@ def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
     return call(_apply_rope_op, _apply_rope, q, k, cos, sin, positions, interleaved, False)
 
 
+@remembered
 def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=None, interleaved=False):
     """Rotates q and k, writes k and v into the caches at `positions`, and returns the rotated q: one launch.
 

@@ -26,13 +26,17 @@ from .dispatch import (
     cdiv,
     check,
     dependence,
+    fresh,
     jit,
     launch,
     next_power_of_2,
     register,
     release_dependents,
+    remembered,
+    taped,
     tl,
     uses_triton,
+    written,
 )
 
 # --- reference: functions of tensors alone, of fixed shapes and read by no host, so that a CUDA graph can hold them ------------
@@ -385,8 +389,9 @@ def _choose_kernel(
 
 def _embed(ids, table, lengths):
     rows, (vocabulary, columns) = len(ids), table.shape
-    x = torch.empty((rows, 1, columns), dtype=table.dtype, device=table.device)
-    positions = torch.empty((rows, 1), dtype=lengths.dtype, device=table.device)
+    x = fresh(torch.empty((rows, 1, columns), dtype=table.dtype, device=table.device))
+    positions = fresh(torch.empty((rows, 1), dtype=lengths.dtype, device=table.device))
+    written(lengths)
     tile = tuning.elementwise(columns, table.element_size())
     launch(
         _embed_kernel,
@@ -402,17 +407,18 @@ def _choose(logits, ids, ended, finished, ends, state, seen, lengths, temperatur
     greedy = is_greedy(temperature)
     cut = not greedy and (top_k is not None or top_p is not None or min_p is not None)
     tile = tuning.choose(architecture(logits), vocabulary)
-    best = torch.empty((rows, 2, tile.groups), dtype=torch.float32, device=logits.device)
+    best = fresh(torch.empty((rows, 2, tile.groups), dtype=torch.float32, device=logits.device))
     distances = numbers = None
     if cut:
-        distances = torch.empty((rows, tile.groups + vocabulary), dtype=torch.float32, device=logits.device)
-        numbers = torch.empty((rows, tile.groups + vocabulary), dtype=torch.int32, device=logits.device)
-    seen, ended, finished = (None if t is None else t.view(torch.uint8) for t in (seen, ended, finished))
+        distances = fresh(torch.empty((rows, tile.groups + vocabulary), dtype=torch.float32, device=logits.device))
+        numbers = fresh(torch.empty((rows, tile.groups + vocabulary), dtype=torch.int32, device=logits.device))
+    written(ids, ended, finished, state, seen, lengths)
+    seen, ended, finished = (None if t is None else taped(torch.Tensor.view, t, torch.uint8) for t in (seen, ended, finished))
     launch(
         _choose_kernel,
         (cdiv(vocabulary, tile.block), rows),
         logits, seen, None if greedy else state, ids, ended, finished, ends, lengths, best, distances, numbers,
-        _counters(rows + 1, logits.device), temperature, penalty, top_k, top_p, -math.log(min_p) if min_p else None, rows,
+        taped(_counters, rows + 1, logits.device), temperature, penalty, top_k, top_p, -math.log(min_p) if min_p else None, rows,
         logits.stride(0),
         VOCABULARY=vocabulary, ENDS=len(ends), BLOCK_ENDS=next_power_of_2(len(ends)), GREEDY=greedy, BLOCK=tile.block,
         GROUPS=tile.groups, num_warps=tile.warps, **dependence(logits),
@@ -464,6 +470,7 @@ def _check_vector(op, name, t, dtype, size, like):
     check(t.is_contiguous(), lambda: f"{op}: {name} has strides {t.stride()}, expected a contiguous tensor")
 
 
+@remembered
 def embed_next_(ids, table, lengths):
     """The beginning of a decode step, in one launch: (table[ids] [B, 1, N], positions int32 [B, 1]); lengths are raised by one.
 
@@ -478,6 +485,7 @@ def embed_next_(ids, table, lengths):
     return call(_embed_op, _embed_next_, ids, table, lengths)
 
 
+@remembered
 def choose_(
     logits, ids, ended, finished, *, ends, state=None, seen=None, lengths=None, temperature=0.0, top_k=None, top_p=None,
     min_p=None, repetition_penalty=None,
