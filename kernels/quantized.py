@@ -103,6 +103,11 @@ def quantize(weight, bits=8, group=32):
         raise ValueError(f"quantize: weight has shape {tuple(weight.shape)} and dtype {weight.dtype}, expected two axes of floats")
     if bits == 4 and (group not in GROUPS or weight.shape[1] % group):
         raise ValueError(f"quantize: group is {group}, expected 32, 64 or 128, and {weight.shape[1]} columns a multiple of it")
+    step = max(1, TILE // max(1, weight.shape[1]))
+    if len(weight) > step:  # rows have nothing to do with each other, and in float32 they take twice or four times the memory
+        parts = [quantize(rows, bits, group) for rows in weight.detach().split(step)]
+        tensors = zip(*((part.data, part.scale, part.minimum) for part in parts))
+        return QuantizedWeight(*(None if part[0] is None else torch.cat(part) for part in tensors))
     w = weight.detach().float()
     if not w.isfinite().all():
         raise ValueError("quantize: weight has values that are not finite")

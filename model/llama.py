@@ -18,6 +18,7 @@ from ..kernels.dispatch import backend, unwatched
 from ..kernels.frequencies import same_frequencies
 from ..kernels.linear import ROWS
 from ..kernels.sampling import embed_next_
+from . import shapes
 from .config import Config
 from .parallel import ALONE
 
@@ -82,14 +83,7 @@ class Llama(nn.Module):
         """
         from .checkpoint import open_checkpoint
 
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype is {dtype}, expected a floating-point torch.dtype")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {device}, but torch finds no GPU")
-        if quantize is not None and quantize not in BITS:
-            raise ValueError(f"quantize is {quantize!r}, expected 'int8', 'int4' or None")
+        device, dtype = _target(device, dtype, quantize)
         with contextlib.closing(open_checkpoint(source)) as checkpoint:
             try:
                 checkpoint = ranks.open(checkpoint, dtype)
@@ -97,13 +91,32 @@ class Llama(nn.Module):
                     model = cls(checkpoint.config, ranks)
             except ValueError as error:
                 raise ValueError(f"{source}: {error}") from None
-            if dtype is None and device.type == "cpu":
-                dtype = torch.bfloat16 if quantize else torch.float32
-            dtype = dtype or checkpoint.dtype("model.embed_tokens.weight")
+            dtype = dtype or _lightest(device, quantize) or checkpoint.dtype("model.embed_tokens.weight")
             _load(model, checkpoint, device, dtype, BITS.get(quantize))
         ranks.wait()
         if ranks is not ALONE:
             model.requires_grad_(False)
+        return model.eval()
+
+    @classmethod
+    def random(cls, shape, *, layers=None, device=None, dtype=None, quantize=None, seed=0):
+        """A model of random weights, in eval mode: to see how fast one runs, which no values decide, without fetching it.
+
+        shape: a name in `shapes.SHAPES`, like "llama-3.1-8b", or "llama-3.1-70b-shard" for what one of eight GPUs has of that; or a
+        config as the constructor takes it. layers: so many in place of all that the name has. device, dtype, quantize: as in
+        `from_pretrained`, bfloat16 where there the checkpoint decides. Weights are made on the device, in their dtype, and
+        quantised one by one, so that memory never holds much more than the model. Matrices are scaled by their columns: activations
+        and logits are of the order of 1, however many layers and steps. The same seed gives the same weights on the same kind of
+        device. Raises a ValueError for anything that does not fit.
+        """
+        if isinstance(shape, str):
+            shape = shapes.config(shape, layers)
+        elif layers is not None:
+            raise ValueError(f"layers is {layers!r}, expected None with a config, which has its own number")
+        device, dtype = _target(device, dtype, quantize)
+        with torch.device("meta"):
+            model = cls(shape)
+        _draw(model, device, dtype or _lightest(device, quantize) or torch.bfloat16, BITS.get(quantize), seed)
         return model.eval()
 
     def tensors(self):
@@ -454,6 +467,56 @@ def _pack(model, state_dict, prefix, *_):
         state_dict[head] = state_dict[embedding]
 
 
+def _target(device, dtype, quantize):
+    """Device and dtype (None is passed on) as torch has them, checked together with the name of a quantisation."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype}, expected a floating-point torch.dtype")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device}, but torch finds no GPU")
+    if quantize is not None and quantize not in BITS:
+        raise ValueError(f"quantize is {quantize!r}, expected 'int8', 'int4' or None")
+    return device, dtype
+
+
+def _lightest(device, quantize):
+    """The dtype in which a CPU is quickest; None for other devices."""
+    return None if device.type != "cpu" else torch.bfloat16 if quantize else torch.float32
+
+
+def _place(model, name, weight, bits):
+    """Makes the tensor the parameter of that name, quantised where it is a projection's and bits are given."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    setattr(module, leaf, nn.Parameter(weight))
+    if bits is not None and isinstance(module, Linear) and leaf == "weight":
+        module.quantize_(8 if module is model.lm_head else bits)
+
+
+def _finish(model, bits):
+    model.tie()
+    if bits is not None and not model.lm_head.quantized:
+        model.lm_head.quantize_(8)
+
+
+@torch.no_grad()
+def _draw(model, device, dtype, bits, seed):
+    """Fills a model that was built on the meta device with random weights, see `Llama.random`."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def drawn(name, shape):
+        weight = torch.empty(shape, dtype=dtype, device=device)
+        if name.endswith("norm.weight"):
+            return weight.fill_(1)
+        return weight.normal_(std=0.1 if name.endswith("bias") else shape[1] ** -0.5, generator=generator)
+
+    # The largest first: what quantising takes beside a weight then stands beside the fewest others.
+    for name, parameter in sorted(model.named_parameters(), key=lambda pair: -pair[1].numel()):
+        _place(model, name, drawn(name, parameter.shape), bits)
+    _finish(model, bits)
+
+
 def _load(model, checkpoint, device, dtype, bits=None):
     """Fills a model that was built on the meta device, a tensor at a time and straight into its place. bits: of its weights."""
     from tqdm import tqdm
@@ -477,19 +540,13 @@ def _load(model, checkpoint, device, dtype, bits=None):
     total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     with tqdm(desc="loading", total=total, unit="B", unit_scale=True, delay=1.0, leave=False, disable=None) as progress:
         for name, parts in sources.items():
-            owner, _, leaf = name.rpartition(".")
             weight = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
             for (part, _), rows in zip(parts, weight.split([rows for _, rows in parts])):
                 rows.copy_(checkpoint.load(part))
                 sums[part] = rows.sum(dtype=torch.float32)
                 progress.update(rows.nbytes)
-            module = model.get_submodule(owner)
-            setattr(module, leaf, nn.Parameter(weight))
-            if bits is not None and isinstance(module, Linear) and leaf == "weight":
-                module.quantize_(8 if module is model.lm_head else bits)
-    model.tie()
-    if bits is not None and not model.lm_head.quantized:
-        model.lm_head.quantize_(8)
+            _place(model, name, weight, bits)
+    _finish(model, bits)
     for part, finite in zip(sums, torch.stack(list(sums.values())).isfinite().tolist()):
         if not finite:
             raise ValueError(f"{checkpoint.describe(part)} holds values that are not finite in {str(dtype)[6:]}")
