@@ -331,7 +331,7 @@ def _serve():
 
 
 def _work(connection):
-    from . import traffic
+    from . import traffic, tune
     from .cases import Case
 
     for line in connection:
@@ -341,7 +341,8 @@ def _work(connection):
             if job["what"] == "traffic":
                 answer = {"reports": [traffic.summary(case)]}
             else:
-                answer = {"reports": examine(case, job["arch"], job["fp64_scalars"])}
+                with tune.entries({(f, tuple(arguments)): fields for f, arguments, fields in job.get("entries", ())}):
+                    answer = {"reports": examine(case, job["arch"], job["fp64_scalars"])}
         except Exception as error:
             text = str(error).strip() or type(error).__name__
             answer = {"error": f"{type(error).__name__}: {text.splitlines()[-1].strip()}"}

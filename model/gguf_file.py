@@ -160,4 +160,3 @@ class _Cursor:
         width = struct.calcsize("<" + SCALARS[kind])
         number = self.count(key, least=width)
         return list(struct.unpack(f"<{number}{SCALARS[kind]}", self.take(number * width)))
-

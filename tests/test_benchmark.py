@@ -6,12 +6,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from trillama.bench.cases import DTYPES, OPS, available, case
+from trillama.bench.cases import DTYPES, OPS, Case, available, case
 from trillama.bench.peers import ENGINES, why_not
-from trillama.kernels import QuantizedWeight, use_backend
+from trillama.kernels import QuantizedWeight, decode, use_backend
 
 pytestmark = pytest.mark.host
 PEERS = [name for name in ENGINES if name not in ("trillama", "compile")]  # what is compiled is eager
@@ -70,6 +71,31 @@ def test_least_bytes_are_those_of_the_arguments(op):
         total += 2 * 3 * 32 * 4 + inputs["k"].numel() * 2 * 2
     assert c.moved == total
     assert DTYPES[c.dtype] == torch.bfloat16
+
+
+def test_calls_are_timed_as_in_a_step(monkeypatch):
+    """With the arrival counters of a step at hand, the first call and those on the host."""
+    pytest.importorskip("pytest_benchmark")
+    from trillama.bench import bench_kernels
+
+    called = []
+
+    class Probe:
+        extra_info = {}  # noqa: RUF012 - what pytest-benchmark has there
+        stats = SimpleNamespace(stats=SimpleNamespace(min=1.0))
+
+        def __call__(self, run):
+            run()
+
+    class Watched(Case):
+        def prepare(self, inputs):
+            return lambda: called.append(decode._own.counters.device.type)
+
+    monkeypatch.setattr(bench_kernels, "DEVICE", "cpu")
+    c = Watched(**vars(case("decode_attention", "SmolLM2-135M", context=64, dtype="fp32")))
+    bench_kernels.test_kernel(Probe(), c)
+    assert called == ["cpu", "cpu"]
+    assert getattr(decode._own, "counters", None) is None
 
 
 def test_the_command(tmp_path):
