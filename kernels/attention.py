@@ -398,10 +398,13 @@ def _dq_kernel(
 @jit
 def _dkv_steps(
     k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, start, stop, S, starts, stops, right, scale, softcap, q_strides,
-    dout_strides, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-    STAGES: tl.constexpr = None,
+    dout_strides, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, GATHER: tl.constexpr,
+    MASKED: tl.constexpr, STAGES: tl.constexpr = None,
 ):  # fmt: skip
-    """Everything is transposed, keys by queries: the weights are then the left operand of the products with dout and q."""
+    """Everything is transposed, keys by queries: the weights are then the left operand of the products with dout and q.
+
+    GATHER: lse and delta reach the threads through shared memory. They would anyway; but a gather of everything in its place cannot
+    be moved into the load, where every thread would copy all rows of its scores, with an address in registers for each."""
     for m in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
         row = m + tl.arange(0, BLOCK_M)
         if MASKED:
@@ -410,6 +413,8 @@ def _dkv_steps(
         else:
             lse = tl.load(lse_ptr + row)
             delta = tl.load(delta_ptr + row)
+        if GATHER:
+            lse, delta = tl.gather(lse, tl.arange(0, BLOCK_M), 0), tl.gather(delta, tl.arange(0, BLOCK_M), 0)
         q = _tile(q_ptr, m, S, q_strides, BLOCK_M, D, BLOCK_D, False, MASKED)
         dout = _tile(dout_ptr, m, S, dout_strides, BLOCK_M, D, BLOCK_D, False, MASKED)
         s = _dot(k, q.T, None, PRECISION) * scale
@@ -431,7 +436,7 @@ def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_q_ptr, starts_k_ptr, scale, softcap, left, right,
     S, T, heads, section, row_stride, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, GATHER: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one tile of BLOCK_N keys and values of one head: walks the queries of all heads of its group in turn, so
     that the group is summed in registers, four products a tile."""
@@ -460,15 +465,15 @@ def _dkv_kernel(
         if right is not None:
             dk, dv = _dkv_steps(
                 k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, low, a, S, starts, stops, right, factor, softcap, q_strides,
-                dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, True, EDGE_STAGES,
+                dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, GATHER, True, EDGE_STAGES,
             )  # fmt: skip
         dk, dv = _dkv_steps(
             k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, a, b, S, starts, stops, right, factor, softcap, q_strides,
-            dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, False,
+            dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, GATHER, False,
         )  # fmt: skip
         dk, dv = _dkv_steps(
             k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, high, S, starts, stops, right, factor, softcap, q_strides,
-            dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, True, EDGE_STAGES,
+            dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, GATHER, True, EDGE_STAGES,
         )  # fmt: skip
         q_ptr += q_strides[1]
         dout_ptr += dout_strides[1]
@@ -580,7 +585,7 @@ def _backward(
             q, k, v, dout, lse2, delta, dk, dv, starts_q, starts_k, scale, softcap, left, right,
             longest_q, longest_k, heads, _section(q, heads * group, 1) // group or 1, S,
             *(_strides(t, starts_q) for t in (q, k, v, dout, dk, dv)),
-            HEADS=Hk, GROUP=group, EDGE_STAGES=tile_dkv.edge_stages, **_constants(tile_dkv, q),
+            HEADS=Hk, GROUP=group, GATHER=tile_dkv.gather, EDGE_STAGES=tile_dkv.edge_stages, **_constants(tile_dkv, q),
         )  # fmt: skip
     return dq, dk, dv
 

@@ -55,29 +55,36 @@ def _locate(key, end, table_ptr, table_strides, batch, PAGE: tl.constexpr):
 
 
 @jit
-def _combine(out_ptr, m_ptr, l_ptr, o_ptr, splits, rows, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """out [rows, D] from the partial results m, l [splits, BLOCK_M] and o [splits, BLOCK_M, D], in the order of the splits."""
-    for start in range(0, rows * D, BLOCK_E):
-        e = start + tl.arange(0, BLOCK_E)
-        inside = e < rows * D
-        top = tl.full((BLOCK_E,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_E,), tl.float32)
-        out = tl.zeros((BLOCK_E,), tl.float32)
+def _combine(
+    out_ptr, m_ptr, l_ptr, o_ptr, splits, rows, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """out [rows, D] from the partial results m, l [splits, BLOCK_M] and o [splits, BLOCK_M, D], in the order of the splits. m and l
+    are read once a row: read once an element, Triton 3.6 gave each of them threads of its own, and an address to each element."""
+    ROWS: tl.constexpr = max(1, BLOCK_E // BLOCK_D)
+    col = tl.arange(0, BLOCK_D)[None, :]
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (col < D)
+        e = row[:, None] * D + col
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        out = tl.zeros((ROWS, BLOCK_D), tl.float32)
         for first in range(0, splits, 8):
             split = first + tl.arange(0, 8)[:, None]
-            mask = (split < splits) & inside[None, :]
+            mask = (split < splits) & (row < rows)[None, :]
             # .cg: past the first-level cache, which does not follow what other multiprocessors write
-            m = tl.load(m_ptr + split * BLOCK_M + e[None, :] // D, mask, other=float("-inf"), cache_modifier=".cg")
-            l = tl.load(l_ptr + split * BLOCK_M + e[None, :] // D, mask, other=0.0, cache_modifier=".cg")
-            o = tl.load(o_ptr + split * (BLOCK_M * D) + e[None, :], mask, other=0.0, cache_modifier=".cg")
+            m = tl.load(m_ptr + split * BLOCK_M + row[None, :], mask, other=float("-inf"), cache_modifier=".cg")
+            l = tl.load(l_ptr + split * BLOCK_M + row[None, :], mask, other=0.0, cache_modifier=".cg")
+            here = (split < splits)[:, :, None] & inside[None, :, :]
+            o = tl.load(o_ptr + split[:, :, None] * (BLOCK_M * D) + e[None, :, :], here, other=0.0, cache_modifier=".cg")
             higher = tl.maximum(top, tl.max(m, 0))
             safe = tl.where(higher == float("-inf"), 0.0, higher)
             weight = tl.exp2(m - safe[None, :])
             shrink = tl.exp2(top - safe)
             total = total * shrink + tl.sum(weight * l, 0)
-            out = out * shrink + tl.sum(weight * o, 0)
+            out = out * shrink[:, None] + tl.sum(weight[:, :, None] * o, 0)
             top = higher
-        out /= tl.where(total > 0.0, total, 1.0)
+        out /= tl.where(total > 0.0, total, 1.0)[:, None]
         tl.store(out_ptr + e, out.to(out_ptr.dtype.element_ty), inside)
 
 
@@ -162,7 +169,7 @@ def _decode_kernel(
             tl.store(l_ptr + split * BLOCK_M + row, l, row < rows)
             tl.debug_barrier()  # the counter is raised by one thread, after the stores of all
             if tl.atomic_add(counter_ptr + program, 1, sem="acq_rel") == splits - 1:
-                _combine(out_ptr, m_ptr, l_ptr, o_ptr, splits, rows, D, BLOCK_M, BLOCK_E)
+                _combine(out_ptr, m_ptr, l_ptr, o_ptr, splits, rows, D, BLOCK_M, BLOCK_D, BLOCK_E)
                 tl.store(counter_ptr + program, 0)  # as it was found
 
 

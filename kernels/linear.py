@@ -69,22 +69,23 @@ def _activations(x_row, norm_ptr, rstd, live, k, column_stride, norm_stride, K: 
 
 
 _UNPACK = """{
-    .reg .b32 low, high;
-    and.b32 low, $4, 0x0f0f0f0f;
-    shr.u32 high, $4, 4;
-    and.b32 high, high, 0x0f0f0f0f;
-    prmt.b32 $0, low, OFFSET, 0x4140;
-    prmt.b32 $1, low, OFFSET, 0x4342;
-    prmt.b32 $2, high, OFFSET, 0x4140;
-    prmt.b32 $3, high, OFFSET, 0x4342;
+    .reg .b32 nibbles;
+    shr.u32 nibbles, $2, SHIFT;
+    and.b32 nibbles, nibbles, 0x0f0f0f0f;
+    prmt.b32 $0, nibbles, EXPONENT, 0x4140;
+    prmt.b32 $1, nibbles, EXPONENT, 0x4342;
 }"""
-_BFLOAT16, _FLOAT16 = (tl.constexpr(_UNPACK.replace("OFFSET", f"0x{4 * byte}")) for byte in ("43", "64"))
+_LOW128, _HIGH128, _LOW1024, _HIGH1024 = (
+    tl.constexpr(_UNPACK.replace("SHIFT", shift).replace("EXPONENT", f"0x{4 * byte}")) for byte in ("43", "64") for shift in "04"
+)
 
 
 @jit
 def _nibbles(w, dtype: tl.constexpr, OFFSET: tl.constexpr):
     """OFFSET + the low and the high half of the bytes w, through the bits of the mantissa: integer conversions run at a quarter of
-    the rate. On NVIDIA's a byte permutation puts each nibble under its exponent: eight weights take seven instructions."""
+    the rate. On NVIDIA's a byte permutation puts each nibble under its exponent: eight weights take seven instructions. Each half
+    has an operation of its own, so that both are unpacked where the tensor cores want them: of an operation with two results
+    Triton 3.8 moves only one, the other went through shared memory."""
     if OFFSET == 0:
         low, high = (w & 15).to(dtype), (w >> 4).to(dtype)
     elif WIDEN or not tl.target_info.is_cuda():
@@ -92,9 +93,11 @@ def _nibbles(w, dtype: tl.constexpr, OFFSET: tl.constexpr):
         low = ((w & 15).to(tl.int16) | exponent).to(dtype, bitcast=True)
         high = ((w >> 4).to(tl.int16) | exponent).to(dtype, bitcast=True)
     elif OFFSET == 128:
-        low, high = tl.inline_asm_elementwise(_BFLOAT16, "=r,=r,=r,=r,r", [w], (tl.bfloat16, tl.bfloat16), True, 4)
+        low = tl.inline_asm_elementwise(_LOW128, "=r,=r,r", [w], tl.bfloat16, True, 4)
+        high = tl.inline_asm_elementwise(_HIGH128, "=r,=r,r", [w], tl.bfloat16, True, 4)
     else:
-        low, high = tl.inline_asm_elementwise(_FLOAT16, "=r,=r,=r,=r,r", [w], (tl.float16, tl.float16), True, 4)
+        low = tl.inline_asm_elementwise(_LOW1024, "=r,=r,r", [w], tl.float16, True, 4)
+        high = tl.inline_asm_elementwise(_HIGH1024, "=r,=r,r", [w], tl.float16, True, 4)
     return low, high
 
 
@@ -102,10 +105,11 @@ def _nibbles(w, dtype: tl.constexpr, OFFSET: tl.constexpr):
 def _grouped(
     total, w_row, scale_row, minimum_row, low, high, ones, group, column, mask, PRECISION: tl.constexpr, OFFSET: tl.constexpr
 ):  # fmt: skip
-    """total plus the products of one group of 4-bit weights a slice: scale (q x) + minimum (1 x)."""
-    w = tl.load(w_row + column, mask, other=0)
-    scale = tl.load(scale_row + group, mask, other=0.0).to(tl.float32)
-    minimum = tl.load(minimum_row + group, mask, other=0.0).to(tl.float32)
+    """total plus the products of one group of 4-bit weights a slice: scale (q x) + minimum (1 x). Slices and rows of W are one
+    axis of the loads: of two, Triton 3.6 takes the slices for the faster one and gives no warp a slice of its own."""
+    w = tl.load(w_row + column, mask, other=0).reshape(total.shape[0], total.shape[1], column.shape[1])
+    scale = tl.load(scale_row + group, mask, other=0.0).to(tl.float32).reshape(total.shape[0], total.shape[1], 1)
+    minimum = tl.load(minimum_row + group, mask, other=0.0).to(tl.float32).reshape(total.shape[0], total.shape[1], 1)
     w_low, w_high = _nibbles(w, low.dtype, OFFSET)
     product = _dot(w_high, high, _dot(w_low, low, None, PRECISION), PRECISION)
     return total + scale * product + (minimum - OFFSET * scale) * ones
@@ -156,14 +160,19 @@ def _linear_kernel(
             high = _activations(x_row, norm_ptr, rstd, live, first + BLOCK_K // 2 + inside, x_strides[3], norm_stride, K)
             one = (tl.zeros((SLICES, BLOCK_N, BLOCK_K // 2), tl.float32) + 1.0).to(low.dtype)
             ones = _dot(one, high, _dot(one, low, None, PRECISION), PRECISION)
-            mask = (n < columns) & (first < K)
-            group, column = first // BLOCK_K, first // 2 + inside
-            s_row, m_row = scale_ptr + n.to(tl.int64) * scale_stride, minimum_ptr + n.to(tl.int64) * scale_stride
-            total = _grouped(total, w_row, s_row, m_row, low, high, ones, group, column, mask, PRECISION, OFFSET)
+            pair = tl.arange(0, SLICES * BLOCK_N)[:, None]  # of a slice and a row of W
+            n_pair = tl.program_id(0) * BLOCK_N + pair % BLOCK_N
+            group = start // BLOCK_K + pair // BLOCK_N
+            column = group * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
+            mask = (n_pair < columns) & (group < K // BLOCK_K)
+            q_row = weight_ptr + n_pair.to(tl.int64) * weight_strides[0]
+            s_row = scale_ptr + n_pair.to(tl.int64) * scale_stride
+            m_row = minimum_ptr + n_pair.to(tl.int64) * scale_stride
+            total = _grouped(total, q_row, s_row, m_row, low, high, ones, group, column, mask, PRECISION, OFFSET)
             if SWIGLU:
                 skip = tl.cast(columns, tl.int64) * scale_stride
                 gated = _grouped(
-                    gated, w_row + half, s_row + skip, m_row + skip, low, high, ones, group, column, mask, PRECISION, OFFSET
+                    gated, q_row + half, s_row + skip, m_row + skip, low, high, ones, group, column, mask, PRECISION, OFFSET
                 )
         else:
             k = first + tl.arange(0, BLOCK_K)[None, None, :]

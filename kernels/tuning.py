@@ -8,9 +8,13 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from dataclasses import dataclass
 
-from .dispatch import INTERPRETED, next_power_of_2
+from .dispatch import INTERPRETED, next_power_of_2, triton
+
+# The version that compiles, where an entry depends on it: from one source they make code of different sizes.
+TRITON = tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:2]) if triton else (0, 0)
 
 
 @functools.cache
@@ -148,7 +152,8 @@ def decode(arch, head_dim, itemsize, rows):
 @dataclass(frozen=True)
 class Attention:
     """A tile of block_m queries that walks the keys block_n at a time, `stages` tiles of keys and values in flight, read through
-    tensor descriptors or pointers. edge_stages: those at the edges of the mask in the kernel for dk and dv, None: as elsewhere."""
+    tensor descriptors or pointers. In the kernel for dk and dv, edge_stages: those at the edges of the mask, None: as elsewhere;
+    gather: a few threads copy the statistics of a tile, not each thread all that it needs of them (attention._dkv_steps)."""
 
     block_m: int
     block_n: int
@@ -156,6 +161,7 @@ class Attention:
     stages: int
     descriptors: bool = False
     edge_stages: int | None = None
+    gather: bool = False
 
 
 def block_d(head_dim):
@@ -181,13 +187,14 @@ def attention_backward(arch, head_dim, itemsize):
         if head_dim <= 64:
             return Attention(32, 32, 4, 1), Attention(32, 32, 4, 1)
         return Attention(16, 16, 8, 1), Attention(32 if head_dim <= 128 else 16, 16, 8, 1)
-    edges = None if arch == 90 else 1  # one tile at a time: a loop so short, pipelined, costs too many registers
+    gather = TRITON < (3, 7)  # later ones do so by themselves, but for a few registers
     if head_dim <= 64:
-        return Attention(128, 64, 8, 2), Attention(64 if arch in (90, 100) else 32, 128, 8, 2, edge_stages=edges)
+        edges = None if arch == 90 else 1  # one tile at a time: a loop so short, pipelined, costs too many registers
+        return Attention(128, 64, 8, 2), Attention(64 if arch in (90, 100) else 32, 128, 8, 2, False, edges, gather)
     if head_dim <= 128:
         dq = Attention(128, 32, 8, 3) if arch < 90 else Attention(128, 64, 8, 2)
-        return dq, Attention(32, 64, 8, 3) if arch == 90 else Attention(64, 64, 8, 2, edge_stages=edges)
-    return Attention(64, 16 if arch in (86, 89, 120) else 32, 8, 2), Attention(32, 32, 8, 2, edge_stages=edges)
+        return dq, Attention(32, 128, 8, 3, False, 1, True) if arch == 90 else Attention(64, 64, 8, 2, False, 1, gather)
+    return Attention(64, 16 if arch in (86, 89, 120) else 32, 8, 2), Attention(32, 32, 8, 2, False, None if arch == 90 else 1, gather)
 
 
 def l2_bytes(arch):
