@@ -138,16 +138,17 @@ def summary(plan, record, rehearse):
     for name in plan:
         if name == "facts":
             continue
-        table = section(name).show([r for r in record.of(name) if r["status"] == "ok"])
+        shown = getattr(section(name), "SHOWN", ("ok",))  # of which status its table is made
+        table = section(name).show([r for r in record.of(name) if r["status"] in shown])
         room = WIDTH - len(text) - 80
-        shown = []
+        lines = []
         for line in ["", f"{name}: {title(name)}", *table]:
             if room < len(line) + 1:
-                shown.append(f"... more of {name} in results.jsonl")
+                lines.append(f"... more of {name} in results.jsonl")
                 break
             room -= len(line) + 1
-            shown.append(line)
-        text += "\n" + "\n".join(shown)
+            lines.append(line)
+        text += "\n" + "\n".join(lines)
     return text[:WIDTH]
 
 
