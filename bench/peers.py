@@ -8,9 +8,11 @@ import importlib.util
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .. import kernels
-from ..kernels import QuantizedWeight
+from ..kernels import QuantizedWeight, rope_tables
+from ..model.llama import unpacked
 from .cases import OPS
 
 # --- plain PyTorch, as transformers writes it ----------------------------------------------------------------------------
@@ -155,6 +157,102 @@ class flash_attn:
         return flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, causal=True).transpose(1, 2)
 
 
+# --- whole decode steps on the weights of one of our models -------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """A decode step as gpt-fast writes it (https://github.com/meta-pytorch/gpt-fast): PyTorch alone, packed projections, caches of a
+    fixed length whose masks follow from the position on the device. To be compiled as a whole; it shares the model's weights.
+
+    layers: how many, the model's own over and over, which is enough to compile for a deeper one. All rows are equally long.
+    """
+
+    def __init__(self, model, batch, max_length, layers=None):
+        super().__init__()
+        c, own = model.config, model.model.layers
+        self.embedding, self.norm, self.head = (_same(w) for w in _ends(model))
+        self.layers = nn.ModuleList(
+            _Layer(own[i % len(own)], c, batch, max_length, self.norm) for i in range(layers or len(own))
+        )
+        for name, table in zip(("cos", "sin"), rope_tables(c, c.head_dim, max_length, device=self.norm.device)):
+            self.register_buffer(name, table)
+        self.register_buffer("places", torch.arange(max_length, device=self.norm.device))
+        self.eps = c.rms_norm_eps
+
+    def forward(self, ids, position):
+        """(next ids [B], logits [B, V]) after ids int64 [B] at position int64 [1]."""
+        x = F.embedding(ids[:, None], self.embedding)
+        cos, sin, seen = self.cos[position], self.sin[position], (self.places <= position)[None]
+        for layer in self.layers:
+            x = layer(x, cos, sin, seen, position)
+        logits = F.linear(eager.rms_norm(x, self.norm, self.eps), self.head)[:, 0]
+        return logits.argmax(-1), logits
+
+
+class _Layer(nn.Module):
+    def __init__(self, block, config, batch, max_length, like):
+        super().__init__()
+        self.qkv, self.out, self.gate_up, self.down = (_same(linear.weight) for linear in block.linears)
+        self.before, self.after = _same(block.input_layernorm.weight), _same(block.post_attention_layernorm.weight)
+        self.heads, self.head_dim, self.eps = block.self_attn.heads, config.head_dim, config.rms_norm_eps
+        for name in ("keys", "values"):
+            self.register_buffer(name, like.new_zeros(batch, self.heads[1], max_length, self.head_dim))
+
+    def forward(self, x, cos, sin, seen, position):
+        B, group = x.shape[0], self.heads[0] // self.heads[1]
+        qkv = F.linear(eager.rms_norm(x, self.before, self.eps), self.qkv)
+        q, k, v = qkv.view(B, 1, -1, self.head_dim).transpose(1, 2).split(self.heads, 1)
+        q, k = eager.apply_rope(q, k, cos, sin)
+        self.keys.index_copy_(2, position, k)
+        self.values.index_copy_(2, position, v)
+        k, v = (t.repeat_interleave(group, 1) for t in (self.keys, self.values))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        x = x + F.linear(attended.transpose(1, 2).reshape(B, 1, -1), self.out)
+        gate, up = F.linear(eager.rms_norm(x, self.after, self.eps), self.gate_up).chunk(2, -1)
+        return x + F.linear(eager.swiglu(gate, up), self.down)
+
+
+def _same(weight):
+    """A parameter of its own on the same memory."""
+    return nn.Parameter(weight.detach(), requires_grad=False)
+
+
+def _ends(model):
+    return model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight
+
+
+def twin(model, config, layers=None):
+    """transformers' model on views of the weights of ours, whose config.json's fields are `config`. layers: as in `Decoder`."""
+    import transformers
+
+    own = len(model.model.layers)
+    config = transformers.AutoConfig.for_model(**{**config, "num_hidden_layers": layers or own})
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    weights = {}
+    for name, parameter in model.named_parameters():
+        parts = unpacked(name, model.config) or [(name, len(parameter))]
+        for (part, _), rows in zip(parts, parameter.detach().split([n for _, n in parts])):
+            head, dot, rest = part.partition(".layers.")
+            number, _, rest = rest.partition(".")
+            copies = range(int(number), config.num_hidden_layers, own) if dot else [None]
+            weights |= {f"{head}.layers.{i}.{rest}" if dot else part: rows.view_as(rows) for i in copies}
+    theirs.load_state_dict(weights, strict=False, assign=True)
+    theirs.tie_weights()
+    # Buffers (the rotary frequencies) are computed, not stored: a fresh module on the right device has them.
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(model.lm_head.weight.device)
+    return theirs.requires_grad_(False).eval()
+
+
+def compiled(function, **options):
+    """torch.compile in a fresh state, on this process's one thread: as many compile at a time as there are processes."""
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False, **options)
+
+
 # --- which of them there are ---------------------------------------------------------------------------------------------
 
 ENGINES = ("trillama", "eager", "compile", "sdpa", "liger", "flash_attn")
@@ -174,8 +272,7 @@ def engine(c):
 @functools.lru_cache(maxsize=1)
 def _compiled(c):
     """A fresh state of the compiler for each case: with fullgraph=True the ninth shape of a function would be an error."""
-    torch.compiler.reset()
-    return torch.compile(getattr(eager, OPS[c.op].function or c.op), fullgraph=True, dynamic=False)
+    return compiled(getattr(eager, OPS[c.op].function or c.op))
 
 
 def why_not(op, name, device):

@@ -43,7 +43,7 @@ def pretend():
 
         quicken()
     with contextlib.ExitStack() as stack:
-        others = ((torch, {"compile": _uncompiled}), (torch.nn.attention, {"sdpa_kernel": _any}))
+        others = (torch, {"compile": _uncompiled}), (torch.nn.attention, {"sdpa_kernel": _any}), (torch.profiler, {"profile": _Profile})
         for owner, names in ((torch.cuda, STAND_INS), *others):
             for name, value in names.items():
                 stack.enter_context(mock.patch.object(owner, name, value))
@@ -182,6 +182,16 @@ def _on(stream):
     _streams.append(stream)
     yield
     _streams.pop()
+
+
+class _Profile(contextlib.nullcontext):
+    """Stands for torch.profiler.profile, which takes 20 s to find that there is no GPU."""
+
+    def __init__(self, *_, **__):
+        super().__init__(self)
+
+    def events(self):
+        return []
 
 
 def _nothing(*_, **__):
