@@ -4,6 +4,7 @@
     OTHER                a second run: every measurement of both beside the other's, and their ratio
     --save DIR           the run as one document, DIR/CARD-DATE.json: what bench/results/ holds
     --plots DIR          speed-up over each peer, a bar a case
+    --tuning FILE        the tile sizes that were faster than the tables', for TRILLAMA_TUNING
     --readme FILE        puts the tables between the two marks `<!-- measured -->` of a Markdown file
 
 A result is a line of plain values. Its words and whole numbers say what was measured (`engine`: whose), its fractional numbers are
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 
 from . import plots
-from .hardware import SECTIONS, facts
+from .hardware import SECTIONS, facts, tune
 
 MARK = "<!-- measured -->"
 FASTER = {"us": -1, "ms": -1, "seconds": -1, "tokens_per_s": 1, "tflop_s": 1, "gb_s": 1, "bytes_per_s": 1, "flop_per_s": 1}
@@ -177,6 +178,7 @@ def main(argv=None):
     add("other", metavar="OTHER", nargs="?", help="a second run, to be compared with the first")
     add("--save", metavar="DIR", help="write the run as DIR/CARD-DATE.json")
     add("--plots", metavar="DIR", help="draw the speed-up over each peer into DIR")
+    add("--tuning", metavar="FILE", help="write the tile sizes that were faster, for TRILLAMA_TUNING")
     add("--readme", metavar="FILE", help=f"put the tables between two lines {MARK}")
     options = parser.parse_args(argv)
     lines = load(options.file)
@@ -184,12 +186,15 @@ def main(argv=None):
         print("\n".join(compare(lines, load(options.other))))
         return 0
     print("\n".join(tables(lines)))
-    if facts.rehearsed(lines) and (options.save or options.readme):
+    if facts.rehearsed(lines) and (options.save or options.readme or options.tuning):
         raise ValueError(f"{options.file} is of a rehearsal: nothing in it was measured")
     if options.save:
         print(f"saved: {save(lines, options.save)}")
     if options.plots:
         print(f"plots: {', '.join(map(str, draw(lines, options.plots))) or 'nothing has a peer'}")
+    if options.tuning:
+        document = {"gpu": card(lines)["gpu"], "entries": tune.entries(of(lines, "tune"))}
+        Path(options.tuning).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if options.readme:
         into_readme(lines, options.readme)
     return 0

@@ -121,3 +121,36 @@ def test_a_run_that_was_cut_short(file, capsys, rows):
     path.write_text(path.read_text()[:-30])
     assert report.load(path) == results()[:-1]
     assert "cut short" in capsys.readouterr().err
+
+
+def test_tile_sizes_that_were_faster_make_a_tuning_file(file, tmp_path, monkeypatch):
+    from trillama.bench import tune
+    from trillama.kernels import tuning
+
+    def trial(name, function, arguments, fields, gain):
+        what = {"section": "tune", "status": "ok", "job": f"{name} {fields}", "name": name, "model": "m", "shape": "s", "dtype": "bf16"}
+        return {**what, "function": function, "arguments": arguments, "candidate": json.dumps(fields), "reason": None,
+                "own_us": 100.0, "us": 100.0 / gain, "gain": gain}  # fmt: skip
+
+    lines = [
+        CARD,
+        trial("dq", "attention_backward", [90, 128, 2], [{"warps": 4}, {}], 1.2),
+        trial("dq", "attention_backward", [90, 128, 2], [{"warps": 2}, {}], 1.1),
+        trial("dkv", "attention_backward", [90, 128, 2], [{}, {"stages": 1}], 1.05),
+        trial("linear", "linear", [90, 4096, 2, False, 1, None], {"stages": 3}, 1.01),
+    ]
+    target = tmp_path / "tuning.json"
+    assert report.main([str(file(lines)), "--tuning", str(target)]) == 0
+    own = tuning.attention_backward.__wrapped__(90, 128, 2)
+    monkeypatch.setenv("TRILLAMA_TUNING", str(target))
+    tuning.measured.cache_clear()
+    tune._forget()
+    try:
+        dq, dkv = tuning.attention_backward(90, 128, 2)
+        assert (dq.warps, dkv.stages) == (4, 1)
+        assert (dq.block_m, dkv.warps) == (own[0].block_m, own[1].warps)
+        assert len(tuning.measured()) == 1
+    finally:
+        monkeypatch.undo()
+        tuning.measured.cache_clear()
+        tune._forget()

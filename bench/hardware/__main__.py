@@ -60,8 +60,8 @@ class Record:
         self.file = open(folder / "results.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - as long as the process
         self.lines = []
 
-    def add(self, name, job, status="ok", **fields):
-        line = {"section": name, "job": job, "status": status, **fields}
+    def add(self, name, job, status="ok", /, **fields):
+        line = {**fields, "section": name, "job": job, "status": status}
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
@@ -77,6 +77,7 @@ def carry_out(plan, record, log, minutes, rehearse):
     begin = time.monotonic()
     until = begin + 60 * minutes - 12  # the summary, and the end of what runs
     workers = max(1, min(CORES, (os.cpu_count() or 2) - 2))
+    patience = 10 if rehearse else 1  # an interpreter is no GPU
 
     def note(key, result):
         record.add(*key, result.pop("status", "ok"), **result)
@@ -87,7 +88,7 @@ def carry_out(plan, record, log, minutes, rehearse):
 
     def pool(names, action):
         tasks = [
-            ((name, job.name), section(name).__name__, action, job.work, 30 + 6 * job.compiled + 10 * job.seconds)
+            ((name, job.name), section(name).__name__, action, job.work, patience * (30 + 6 * job.compiled + 10 * job.seconds))
             for name in names
             for job in plan[name]
             if action == "run" or job.compiled
@@ -108,13 +109,13 @@ def carry_out(plan, record, log, minutes, rehearse):
             pool([name], "run")
             continue
         worker = process.Worker(log, rehearse)
-        limit = time.monotonic() + 1.5 * estimate(plan[name], False)[1] + 30
+        limit = time.monotonic() + patience * (1.5 * estimate(plan[name], False)[1] + 30)
         for job in plan[name]:
             key, now = (name, job.name), time.monotonic()
             if now > min(limit, until):
                 record.add(*key, "left out", error="no time was left" if now > until else "its section's time was over")
                 continue
-            allowed = min(20 + 6 * job.seconds, until + 10 - now)
+            allowed = min(patience * (20 + 6 * job.seconds), until + 10 - now)
             outcome = worker.do(section(name).__name__, "run", job.work, allowed, functools.partial(note, key))
             end(key, *outcome, time.monotonic() - now)
         worker.close()

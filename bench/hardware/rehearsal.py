@@ -3,7 +3,7 @@
 Within `pretend()` tensors lie in host memory and say that they are on "cuda:0", whatever is asked for "cuda" comes from there, and
 torch.cuda is what stands here: a clock that goes on by 50 ms at every look at it, streams that do at once what they are given, and
 graphs that record what is dispatched and do it again at every replay, on the same tensors, as CUDA's do. Triton's kernels run in
-its interpreter, or the reference in their place where that does not work. Values are therefore real; times mean nothing.
+its interpreter, or the reference in their place where there is no Triton. Values are therefore real; times mean nothing.
 """
 
 import contextlib
@@ -26,10 +26,7 @@ _ticks = itertools.count(1)
 
 def environment():
     """What the processes that rehearse need in their environment: Triton decides at import whether it interprets."""
-    from ...kernels import dispatch
-
-    works = importlib.util.find_spec("triton") and not getattr(dispatch, "interpreter_obstacle", lambda: None)()
-    os.environ.update({"TRITON_INTERPRET": "1"} if works else {"TRILLAMA_BACKEND": "reference"})
+    os.environ.update({"TRITON_INTERPRET": "1"} if importlib.util.find_spec("triton") else {"TRILLAMA_BACKEND": "reference"})
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -42,13 +39,26 @@ def pretend():
         from ..traffic import quicken
 
         quicken()
+        _mend()
     with contextlib.ExitStack() as stack:
-        others = (torch, {"compile": _uncompiled}), (torch.nn.attention, {"sdpa_kernel": _any}), (torch.profiler, {"profile": _Profile})
-        for owner, names in ((torch.cuda, STAND_INS), *others):
-            for name, value in names.items():
-                stack.enter_context(mock.patch.object(owner, name, value))
+        others = [(torch, "compile", _uncompiled), (torch.nn.attention, "sdpa_kernel", _any), (torch.profiler, "profile", _Profile)]
+        for owner, name, value in [*((torch.cuda, *stand_in) for stand_in in STAND_INS.items()), *others]:
+            stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(_Device())
         yield
+
+
+def _mend():
+    """Triton 3.6's interpreter asks int() for the number in an array of one, which numpy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor, *rest):
+        patch(tensor, *rest)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = mended
 
 
 class _Device(TorchFunctionMode):

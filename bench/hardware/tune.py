@@ -1,11 +1,88 @@
-"""To be written."""
+"""Tile sizes: the entries of the tuning tables that matter, each beside a few candidates, on the shapes of named models.
+
+A job is one candidate: the table's own entry is measured beside it, and what either computes is compared.
+"""
+
+import json
+
+from .. import plots, timing, tune
+from . import Job
 
 PARALLEL = False
+ORDER = ("dkv", "dq", "attention", "decode", "linear", "linear-swiglu", "linear-int4", "linear-int8", "choose")
+EIGHT = "Llama-3.1-8B"
+SECONDS = {"attention": 0.5, "dq": 0.7, "dkv": 0.7}  # of a candidate; 0.35 elsewhere
 
 
 def jobs(card):
-    return []
+    targets = [tune.Target(name, model) for name in ORDER for model in tune.ENTRIES[name].models]
+    targets.sort(key=lambda target: target.model != EIGHT)
+    if card.small:
+        targets = [tune.Target("rms_norm", "SmolLM2-135M", "fp16"), tune.Target("choose", "SmolLM2-135M", "fp16")]
+    found = []
+    for target in targets:
+        (function, arguments), candidates = target.candidates(f"sm_{card.arch}")
+        most = 2 if card.small else 6 if target.model == EIGHT else 4
+        for number, fields in enumerate(candidates[:most]):
+            work = {"name": target.name, "model": target.model, "dtype": target.dtype, "function": function,
+                    "arguments": list(arguments), "fields": fields, "tokens": 4 if card.small else None}  # fmt: skip
+            found.append(Job(f"{target} {number}", work, SECONDS.get(target.name, 0.35), 1 if number else 2))
+    return found
+
+
+def case(name, model, dtype, tokens):
+    """The case that decides, in a rehearsal with few tokens."""
+    entry = tune.ENTRIES[name]
+    few = {} if tokens is None else {"tokens": 1, "context": 8} if tune.OPS[entry.op].phase == "decode" else {"tokens": tokens}
+    return tune.case(entry.op, model, dtype=dtype, backward=entry.backward, **few)
+
+
+def warm(name, model, dtype, function, arguments, fields, tokens):
+    with tune.entries({(function, tuple(arguments)): fields}):
+        tune.outcome(case(name, model, dtype, tokens), "cuda")
+
+
+def run(name, model, dtype, function, arguments, fields, tokens):
+    c, key = case(name, model, dtype, tokens), (function, tuple(arguments))
+    own, trial = None, None
+    for trial in tune.compare(c, key, [fields], lambda c: timing.device_seconds(c).seconds):
+        own = own or trial
+    if own.reason:
+        raise RuntimeError(f"the table's own entry: {own.reason}")
+    yield {
+        "name": name, "model": model, "shape": f"{c.label}, {c.shape}", "dtype": dtype, "function": function, "arguments": arguments,
+        "candidate": json.dumps(fields), "reason": trial.reason, "own_us": own.seconds * 1e6,
+        **({} if trial.reason else {"us": trial.seconds * 1e6, "gain": own.seconds / trial.seconds}),
+    }  # fmt: skip
+
+
+def best(results):
+    """{(name, model): the result of the fastest candidate, or one of those without a gain}."""
+    found = {}
+    for r in results:
+        key = r["name"], r["model"]
+        if key not in found or r.get("gain", 0) > found[key].get("gain", 0):
+            found[key] = r
+    return found
+
+
+def entries(results):
+    """What a file for TRILLAMA_TUNING lists: the candidates that gain more than 2 %, those of a pair of entries put together."""
+    found = {}
+    for r in best(results).values():
+        if r.get("gain", 0) * tune.GAIN > 1:
+            key, fields = (r["function"], tuple(r["arguments"])), json.loads(r["candidate"])
+            before = found.get(key)
+            found[key] = [{**a, **b} for a, b in zip(before, fields)] if isinstance(before, list) else fields
+    return [{"function": function, "arguments": list(arguments), "entry": entry} for (function, arguments), entry in found.items()]
 
 
 def show(results):
-    return []
+    rows = []
+    for (name, model), r in best(results).items():
+        gain = r.get("gain", 0)
+        fields = r["candidate"] if gain > 1 else "the table's own"
+        rows.append((name, model, r["shape"], f"{r['own_us']:.1f}", f"{r['us']:.1f}" if gain else "-", f"{gain:.2f}x", fields))
+    tried = sum(r["reason"] is None for r in results)
+    header = ("entry", "model", "shape", "us", "best us", "gain", "fields")
+    return [*plots.table(header, rows, left=3), f"{len(results)} candidates, {tried} of them fit and computed the same"]
