@@ -6,6 +6,7 @@ beside its bound. Two numbers are never mixed here: the time to the first token 
 
 import argparse
 import json
+import math
 import platform
 import resource
 import statistics
@@ -16,8 +17,13 @@ import torch
 
 from ..kernels.dispatch import backend, why_not_triton
 from ..model import Llama, cli, generate
+from ..model.checkpoint import open_checkpoint
+from ..model.llama import unpacked
 from ..model.parallel import ranks
+from ..model.shapes import SHAPES, config
 from . import cache_study
+from .roofline import GPUS
+from .timing import copy_bandwidth
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,19 +48,24 @@ def cache_bytes(model, dtype):
 
 
 def streaming_bandwidth(device, size=1 << 28):
-    """Bytes a second at which this machine reads memory in one long pass: the best of several, with all threads."""
-    x = torch.ones(size // 4, device=device)
-    return max(x.numel() * 4 / seconds(lambda: x.sum(), device) for _ in range(8))
+    """Bytes a second at which this machine moves memory. A CPU: in one long read, the best of several, with all threads. A GPU: in
+    one long copy, read and written, on its own clock."""
+    if device.type == "cuda":
+        return copy_bandwidth(device)
+    x, best = torch.ones(size // 4), math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        x.sum()
+        best = min(best, time.perf_counter() - start)
+    return x.nbytes / best
 
 
-def seconds(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def datasheet(name):
+    """The GPU of roofline.GPUS with the name that torch gives a device, or None: a chip is also on cards with slower memory."""
+    words = set(name.replace("-", " ").split())
+    if words & {"PCIe", "NVL", "40GB", "Laptop"}:
+        return None
+    return next((gpu for known, gpu in GPUS.items() if words >= set(known.split())), None)
 
 
 # --- the two engines -------------------------------------------------------------------------------------------------
@@ -64,14 +75,14 @@ class Clock:
     """Time stamps of generated tokens: the host's clock on a CPU, events on a GPU, so that the device is never waited for."""
 
     def __init__(self, device):
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
         self.stamps = []
         self.tick()
 
     def tick(self, *_):
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))  # not of the current device, which may be another
             self.stamps.append(event)
         else:
             self.stamps.append(time.perf_counter())
@@ -80,7 +91,7 @@ class Clock:
         """Seconds between ticks: the first is the prefill with the first token, each other one a decode step."""
         if not self.cuda:
             return [b - a for a, b in zip(self.stamps, self.stamps[1:])]
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         return [a.elapsed_time(b) / 1e3 for a, b in zip(self.stamps, self.stamps[1:])]
 
 
@@ -90,27 +101,24 @@ def ours(model, ids, new):
     return clock.intervals()
 
 
-def transformers_twin(source, dtype, device):
-    """transformers' model of the same checkpoint, with the same weights, and a function that times it like `ours`."""
+def transformers_twin(config, weights, device):
+    """transformers' model of a config.json's dict on the weights {name: tensor}, and a function that times it like `ours`."""
     try:
         import transformers
     except ImportError:
         raise ValueError("--against hf needs transformers: pip install 'trillama[transformers]'") from None
-    from ..model.checkpoint import open_checkpoint
 
     transformers.logging.set_verbosity_error()
-    with open_checkpoint(source) as checkpoint:
-        config = transformers.AutoConfig.for_model(**checkpoint.config)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        weights = {name: checkpoint.load(name).to(device=device, dtype=dtype, copy=True) for name in checkpoint.names()}
-        model.load_state_dict(weights, strict=False, assign=True)
+    config = transformers.AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     # Buffers (the rotary frequencies) are computed, not stored: a fresh module on the right device has them.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     missing = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if missing:
-        raise ValueError(f"--against hf: the checkpoint has no {missing[0]}")
+        raise ValueError(f"--against hf: there is no {missing[0]}")
     model.eval()
 
     def run(ids, new):
@@ -134,7 +142,26 @@ def transformers_twin(source, dtype, device):
             step_by_step(model, ids, new, clock)
         return clock.intervals()
 
-    return run
+    return model, run
+
+
+def stored(source, dtype, device):
+    """(config, weights) of a checkpoint, as `transformers_twin` takes them."""
+    with open_checkpoint(source) as checkpoint:
+        weights = {name: checkpoint.load(name).to(device=device, dtype=dtype, copy=True) for name in checkpoint.names()}
+        return checkpoint.config, weights
+
+
+def lent(model):
+    """The weights of our model under Hugging Face's names, where they are; those of quantised ones in the model's dtype."""
+    weights, dtype = {}, model.model.norm.weight.dtype
+    packed = model.config.model_type == "phi3"  # which has q, k, v and gate, up in one matrix itself
+    whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    whole |= {f"{n}.weight": m.weight.dequantize(dtype) for n, m in model.named_modules() if getattr(m, "quantized", False)}
+    for name, weight in whole.items():
+        parts = [] if packed else unpacked(name, model.config)
+        weights |= zip((part for part, _ in parts), weight.split([rows for _, rows in parts])) if parts else [(name, weight)]
+    return weights
 
 
 @torch.inference_mode()
@@ -161,8 +188,10 @@ def summary(intervals, batch, prompt):
     }
 
 
-def measure(model, rival, batch, prompt, new, rounds, bandwidth, dtype):
-    """One row of the table: the best prefill and the median decode step over `rounds` runs, alternating with the rival."""
+def measure(model, rival, batch, prompt, new, rounds, bandwidth, peak, dtype):
+    """One row of the table: the best prefill and the median decode step over `rounds` runs, alternating with the rival.
+
+    bandwidth: as measured. peak: the datasheet's, or None."""
     device = next(model.parameters()).device
     ids = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     ours(model, ids, 4)
@@ -181,6 +210,8 @@ def measure(model, rival, batch, prompt, new, rounds, bandwidth, dtype):
     row["bytes_per_step"] = int(read)
     row["bound_tokens_per_s"] = batch * bandwidth / read
     row["fraction_of_bound"] = row["decode_tokens_per_s"] / row["bound_tokens_per_s"]
+    if peak is not None:
+        row["fraction_of_datasheet"] = row["decode_tokens_per_s"] * read / batch / peak
     row["peak_memory_bytes"] = peak_memory(device)
     if rival:
         row["hf"] = typical(rivals)
@@ -209,6 +240,7 @@ def card(model, source, dtype, device, bandwidth):
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     triton = backend() == "triton" or (backend() == "auto" and cuda and why_not_triton(device) is None)
+    sheet = datasheet(name) if cuda else None
     (weights, values), cache = weight_bytes(model), cache_bytes(model, dtype)
     head = model.lm_head
     parameters = sum(p.numel() for p in model.parameters()) + sum(
@@ -223,12 +255,14 @@ def card(model, source, dtype, device, bandwidth):
         "dtype": str(dtype)[6:],
         "quantize": f"int{model.model.layers[0].mlp.down_proj.weight.bits}" if head.quantized else None,
         "device": name,
+        "device_type": device.type,
         "path": "Triton" if triton else "reference",
         "torch": torch.__version__,
         "weight_bytes_per_step": weights,
         "weight_bytes": values,
         "cache_bytes_per_position": cache,
         "streaming_bandwidth": bandwidth,
+        "datasheet_bandwidth": None if sheet is None else sheet.bandwidth,
         "bound_tokens_per_s": bandwidth / weights,
     }
 
@@ -237,12 +271,14 @@ def show_card(c):
     shared = f"; this is rank 0 of {c['ranks']}, all-reduces are in no bound" if c["ranks"] > 1 else ""
     fewer = c["weight_bytes_per_step"] < c["weight_bytes"]
     narrowed = f", copies with exactly the values of {c['weight_bytes'] / 1e6:.1f} MB" if fewer else ""
+    peak, how = c["datasheet_bandwidth"], "a copy, read and written" if c["device_type"] == "cuda" else "one long read"
+    sheet = f"; {c['streaming_bandwidth'] / peak:.0%} of the datasheet's {peak / 1e9:.0f}" if peak else ""
     lines = (
         ("model", f"{c['model']}, {c['parameters'] / 1e6:.1f} M parameters, {c['quantize'] or c['dtype']}"),
         ("machine", f"{c['device']}; {c['path']} path; torch {c['torch']}{shared}"),
         ("weights read per step", f"{c['weight_bytes_per_step'] / 1e6:.1f} MB{narrowed}"),
         ("cache per position", f"{c['cache_bytes_per_position'] / 1e3:.1f} kB"),
-        ("streaming bandwidth", f"{c['streaming_bandwidth'] / 1e9:.1f} GB/s (measured: one long read)"),
+        ("streaming bandwidth", f"{c['streaming_bandwidth'] / 1e9:.1f} GB/s (measured: {how}){sheet}"),
         ("bound at batch 1", f"{c['bound_tokens_per_s']:.1f} tokens/s (bandwidth / weights; not a timing)"),
     )
     for label, text in lines:
@@ -250,16 +286,18 @@ def show_card(c):
     print()
 
 
-def show_header(against):
-    columns = "batch prompt  new |      TTFT  tokens/s |  ms/step      p95  tokens/s    bound  of it |  peak MB"
+def show_header(against, sheet):
+    columns = "batch prompt  new |      TTFT  tokens/s |  ms/step      p95  tokens/s    bound  of it"
+    columns += ("  of datasheet" if sheet else "") + " |  peak MB"
     print(columns + (" |  hf tok/s  decode prefill" if against else ""))
 
 
 def show_row(r):
+    sheet = f" {r['fraction_of_datasheet']:13.0%}" if "fraction_of_datasheet" in r else ""
     text = (
         f"{r['batch']:5d} {r['prompt']:6d} {r['new']:4d} | {r['prefill_s'] * 1e3:7.1f}ms {r['prefill_tokens_per_s']:9.1f} | "
         f"{r['decode_ms_median']:8.2f} {r['decode_ms_p95']:8.2f} {r['decode_tokens_per_s']:9.1f} "
-        f"{r['bound_tokens_per_s']:8.1f} {r['fraction_of_bound']:6.0%} | {r['peak_memory_bytes'] / 1e6:8.0f}"
+        f"{r['bound_tokens_per_s']:8.1f} {r['fraction_of_bound']:6.0%}{sheet} | {r['peak_memory_bytes'] / 1e6:8.0f}"
     )
     if "hf" in r:
         text += f" | {r['hf']['decode_tokens_per_s']:9.1f} {r['decode_against_hf']:6.2f}x {r['prefill_against_hf']:6.2f}x"
@@ -307,12 +345,17 @@ def integers(text):
 
 def parser():
     p = cli.Parser(prog="trillama bench", description="Prefill and decode throughput beside their bounds.")
-    p.add_argument("--model", default="smollm2", metavar="SOURCE", help="folder, GGUF file, hub id or preset (default: smollm2)")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--model", metavar="SOURCE", help="folder, GGUF file, hub id or preset (default: smollm2)")
+    source.add_argument("--shape", metavar="NAME", help=f"random weights, nothing is fetched: {', '.join(SHAPES)}")
+    p.add_argument("--layers", type=int, metavar="N", help="with --shape: so many layers of it")
     p.add_argument("--batch", type=integers, default=[1], metavar="1,8", help="batch sizes")
     p.add_argument("--prompt", type=integers, default=[64], metavar="64,512", help="prompt lengths in tokens")
     p.add_argument("--new", type=int, default=128, help="tokens to generate in each run")
     p.add_argument("--rounds", type=int, default=3, help="runs of each row")
-    p.add_argument("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, the checkpoint's on a GPU")
+    p.add_argument(
+        "--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, else the checkpoint's, bfloat16 with --shape"
+    )
     p.add_argument("--quantize", choices=["int8", "int4"], help="weights in 8 or 4 bits")
     p.add_argument("--device", default=None, help="cuda, cuda:1, cpu (default: the GPU if there is one)")
     p.add_argument("--threads", type=int, help="CPU threads")
@@ -331,10 +374,20 @@ def main(argv=None):
         raise ValueError("--cache-study is of batch 1, against nobody and drawn nowhere: expected no --batch, --against or --plot")
     if args.against and ranks().size > 1:
         raise ValueError(f"--against is {args.against} on {ranks().size} ranks, expected one: transformers would run on each")
+    if args.layers is not None and not args.shape:
+        raise ValueError(f"--layers is {args.layers} without --shape, expected both or none: a checkpoint has all of its layers")
+    if args.shape and ranks().size > 1:
+        raise ValueError(f"--shape is {args.shape} on {ranks().size} ranks, expected one: a name with -shard is one GPU's part")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(ranks().device(args.device) or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = Llama.from_pretrained(args.model, device=device, dtype=DTYPES.get(args.dtype), quantize=args.quantize, ranks=ranks())
+    options = {"device": device, "dtype": DTYPES.get(args.dtype), "quantize": args.quantize}
+    if args.shape:
+        source = f"{args.shape}, random weights" + ("" if args.layers is None else f" of {args.layers} layers")
+        model = Llama.random(args.shape, layers=args.layers, **options)
+    else:
+        source = args.model or "smollm2"
+        model = Llama.from_pretrained(source, ranks=ranks(), **options)
     dtype = model.model.norm.weight.dtype
     longest = max(args.prompt) + args.new
     if longest > model.config.context_length:
@@ -345,17 +398,20 @@ def main(argv=None):
             cache_study.show(report)
         if args.json and ranks().rank == 0:
             with open(args.json, "w", encoding="utf-8") as f:
-                json.dump({"model": args.model, "dtype": str(dtype)[6:], "device": str(device), "rows": reports}, f, indent=2)
+                json.dump({"model": source, "dtype": str(dtype)[6:], "device": str(device), "rows": reports}, f, indent=2)
         return 0
     bandwidth = streaming_bandwidth(device)
-    facts = card(model, args.model, dtype, device, bandwidth)
+    facts = card(model, source, dtype, device, bandwidth)
     show_card(facts)
-    rival = transformers_twin(args.model, dtype, device) if args.against else None
-    show_header(args.against)
+    rival, peak = None, facts["datasheet_bandwidth"]
+    if args.against:
+        twin = (config(args.shape, args.layers), lent(model)) if args.shape else stored(source, dtype, device)
+        _, rival = transformers_twin(*twin, device)
+    show_header(args.against, peak)
     rows = []
     for batch in args.batch:
         for prompt in args.prompt:
-            rows.append(measure(model, rival, batch, prompt, args.new, args.rounds, bandwidth, dtype))
+            rows.append(measure(model, rival, batch, prompt, args.new, args.rounds, bandwidth, peak, dtype))
             show_row(rows[-1])
     if ranks().rank > 0:
         return 0

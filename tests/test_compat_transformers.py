@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from trillama.bench import oracle
 
 transformers = pytest.importorskip("transformers")
@@ -141,6 +142,55 @@ def test_right_padding_leaves_a_hole_in_the_cache():
         cache = model(ids, attention_mask=mask).past_key_values
         logits.append(model(ids[:, :1], attention_mask=longer, past_key_values=cache).logits)
     agree(*logits)
+
+
+class Waits(TorchDispatchMode):
+    """How often the host reads a value of a tensor: on a GPU it waits for all that was launched."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "_local_scalar_dense" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3 window"])
+@torch.no_grad()
+def test_at_most_one_wait_for_a_mask(family):
+    """Of a whole pass, be there padding or none; transformers' own attention waits as often, unless there is a window."""
+    theirs, ours = models(family)
+    theirs.set_attn_implementation("sdpa")
+    ids, ones = tokens(), torch.ones(3, 13, dtype=torch.long)
+
+    def waits(model, ids, **arguments):
+        with Waits() as waits:
+            model(ids, **arguments)
+        return waits.count
+
+    assert waits(ours, ids) == 0
+    for mask in (ones, padding("left"), padding("right"), padding("mixed")):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        assert waits(ours, ids, attention_mask=mask, position_ids=positions) == 1
+    assert waits(theirs, ids, attention_mask=ones, position_ids=positions) == (family == "llama")
+    for mask in (ones, padding("left")):
+        cache = ours(ids, attention_mask=mask).past_key_values
+        longer = torch.cat((mask, ones[:, :1]), 1)
+        assert waits(ours, ids[:, :1], attention_mask=longer, position_ids=longer.sum(1)[:, None] - 1, past_key_values=cache) == 1
+
+
+@torch.no_grad()
+def test_holes_where_no_keys_are_yet():
+    """A mask as long as a static cache: what it says of keys to come is no hole."""
+    theirs, ours = models("llama")
+    ids, logits = tokens(2, 6), []
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 1, 0, 1], [1, 1, 1, 1, 1, 1, 0, 0, 1, 0]])
+    for model in (ours, theirs):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=10)
+        arguments = dict(position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :6], cache_position=torch.arange(6))
+        logits.append(model(ids, attention_mask=mask, past_key_values=cache, **arguments).logits)
+    agree(*logits, mask[:, :6])
 
 
 @torch.no_grad()

@@ -82,16 +82,20 @@ def attention_mask(
     causal, window, ids = _read(mask_function)
     if window is not None and window != getattr(config, "sliding_window", window):
         _refuse(f"a mask with a window of {window}, but the layers are told {config.sliding_window}")
-    device = next((t.device for t in (attention_mask, q_offset, ids) if isinstance(t, torch.Tensor)), device or "cpu")
-    traced = torch.compiler.is_compiling()
+    device = next((t.device for t in (attention_mask, q_offset, ids) if isinstance(t, torch.Tensor)), torch.device(device or "cpu"))
+    traced = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     if ids is not None:
         return _packed(ids, traced)
     length = q_offset + q_length - kv_offset  # keys there are; a tensor where the cache is static
     valid = None
     if attention_mask is not None:
         valid = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-        if not traced and bool(valid.all()) and (isinstance(length, torch.Tensor) or valid.shape[1] >= length):
-            valid = None
+        if not traced:
+            every, whole = _known(valid, length, q_length > 1)
+            if every and (isinstance(length, torch.Tensor) or valid.shape[1] >= length):
+                valid = None
+            elif causal and not whole:
+                _refuse("a padding mask with holes")
     if not causal:
         if valid is not None or isinstance(length, torch.Tensor):
             _refuse("padding or a static cache without causality")
@@ -103,6 +107,22 @@ def attention_mask(
     if q_length == 1:
         return _keys(batch_size, kv_length, q_offset, kv_offset, length, valid, window, device)
     return _sequences(batch_size, q_length, kv_length, length, valid, traced, device)
+
+
+def _known(valid, length, several):
+    """(whether all keys are valid, whether those of each row that exist are neighbours: asked only of several queries).
+
+    The one time in a pass that the host waits for the GPU. It has to know: padding takes other kernels on other shapes, and a mask
+    with holes an error instead of wrong numbers. transformers waits here too, for `sdpa` without a window and for
+    `flash_attention_2`.
+    """
+    every = valid.all()
+    if not several:
+        return bool(every), True
+    seen = valid & (torch.arange(valid.shape[1], device=valid.device) < length)
+    begins = seen[:, :1].sum(1) + (seen[:, 1:] & ~seen[:, :-1]).sum(1)
+    flags = int(every + 2 * (begins <= 1).all())
+    return bool(flags & 1), bool(flags & 2)
 
 
 def _packed(ids, traced):
@@ -136,11 +156,8 @@ def _sequences(batch, S, T, length, valid, traced, device):
         seen = valid & (key < length)
         start = torch.where(seen, key, length).amin(1)
         stop = torch.where(seen, key + 1, start[:, None]).amax(1)
-        whole = (stop - start == seen.sum(1)).all()
         if traced:
-            torch._assert_async(whole, "attention 'trillama': a padding mask with holes")
-        elif not bool(whole):
-            _refuse("a padding mask with holes")
+            torch._assert_async((stop - start == seen.sum(1)).all(), "attention 'trillama': a padding mask with holes")
     row = torch.arange(batch, device=device)[:, None]
     ends = length.expand(batch)
     keys = torch.stack((start, stop, ends, torch.full_like(start, T)), 1)
