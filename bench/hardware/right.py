@@ -53,12 +53,12 @@ def _op_jobs(card, dtypes):
 def _cheap(op):
     """A few of an op's cases for all dtypes, those of the fewest numbers."""
 
-    def size(arguments):
-        return sum(math.prod(v) if isinstance(v, tuple) else v for v in arguments.values() if isinstance(v, (tuple, int)))
+    def size(name):
+        values = proofs.TRIALS[op]["* " + name].values()
+        return sum(math.prod(v) if isinstance(v, tuple) else v for v in values if isinstance(v, (tuple, int)))
 
-    common = {n.strip("* "): a for n, a in proofs.TRIALS[op].items() if n[0] == "*"}
-    forward, backward = ([n for n in common if ("backward" in n) == which] for which in (False, True))
-    return [n for names in (forward, backward) for n in sorted(names, key=lambda n: size(common[n]))[:FEW]][: FEW + 1]
+    common = sorted((n.strip("* ") for n in proofs.TRIALS[op] if n[0] == "*"), key=size)
+    return [n for n in common if "backward" not in n][:FEW] + [n for n in common if "backward" in n][:1]
 
 
 LARGE = {  # (dtype, head size): [(S, T, options, backward)]
