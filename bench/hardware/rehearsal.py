@@ -41,8 +41,9 @@ def pretend():
 
         quicken()
     with contextlib.ExitStack() as stack:
-        others = (torch, {"compile": _uncompiled}), (torch.nn.attention, {"sdpa_kernel": _any}), (torch.profiler, {"profile": _Profile})
-        for owner, names in ((torch.cuda, STAND_INS), *others):
+        compiler, attention, profiler = {"compile": _uncompiled}, {"sdpa_kernel": _any}, {"profile": _Profile}
+        owners = (torch.cuda, STAND_INS), (torch, compiler), (torch.nn.attention, attention), (torch.profiler, profiler)
+        for owner, names in owners:
             for name, value in names.items():
                 stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(_Device())
