@@ -161,8 +161,8 @@ class flash_attn:
 
 
 class Decoder(nn.Module):
-    """A decode step as gpt-fast writes it (https://github.com/meta-pytorch/gpt-fast): PyTorch alone, packed projections, caches of a
-    fixed length whose masks follow from the position on the device. To be compiled as a whole; it shares the model's weights.
+    """A decode step as gpt-fast writes it (https://github.com/meta-pytorch/gpt-fast): PyTorch alone, packed projections, caches of
+    a fixed length whose masks follow from the position on the device. To be compiled as a whole; it shares the model's weights.
 
     layers: how many, the model's own over and over, which is enough to compile for a deeper one. All rows are equally long.
     """

@@ -101,8 +101,10 @@ def random_model(shape, precision="bf16", layers=None):
         weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(std=0.02)
         module = model.get_submodule(name.rpartition(".")[0])
         del module.weight
-        plain = bits is None or not isinstance(module, Linear)
-        module.weight = nn.Parameter(weight, requires_grad=False) if plain else quantized(weight, 8 if module is model.lm_head else bits)
+        if bits is None or not isinstance(module, Linear):
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        else:
+            module.weight = quantized(weight, 8 if module is model.lm_head else bits)
     model.tie()
     if bits is not None and model.config.tie_word_embeddings:
         weight = model.lm_head.weight
@@ -323,8 +325,8 @@ def label(kernel, grid, arguments, options):
 
 
 def table(spent, launched, steps):
-    """{"kernels": [[name, calls a step, us a step]], "busy_us", "span_us"} of (name, start, us) of everything on the device. Ours are
-    called as in `launched`, which has those of a step, if they came in its order."""
+    """{"kernels": [[name, calls a step, us a step]], "busy_us", "span_us"} of (name, start, us) of everything on the device. Ours
+    are called as in `launched`, which has those of a step, if they came in its order."""
     spent = sorted(spent, key=lambda e: e[1])
     own = [name.split()[0] for name in launched] * steps
     places = [i for i, (name, _, _) in enumerate(spent) if name.strip("_") in own]
@@ -338,6 +340,9 @@ def table(spent, launched, steps):
     rows = [[name[:80], calls / steps, us / steps] for name, (calls, us) in sums.items()]
     span = spent[-1][1] + spent[-1][2] - spent[0][1] if spent else 0.0
     return {"kernels": sorted(rows, key=lambda r: -r[2])[:20], "busy_us": sum(r[2] for r in rows), "span_us": span / steps}
+
+
+SHORT = ("gpt-fast", "tuned", "hf", "hf comp.")  # PEERS as columns
 
 
 # --- the tables ------------------------------------------------------------------------------------------------------
@@ -362,7 +367,7 @@ def show(results, known=()):
         times = [f"{r['us'] / 1e3:.3f}" if r else "-" for r in (plain, dependent)]
         others = [f"{us / best['us']:.2f}x" if us else "-" for us in (theirs.get(key, {}).get(engine) for engine in PEERS)]
         rows.append((*key, *times, f"{best['tokens_per_s']:,.0f}", f"{read / 1e9:.2f}", *fractions, *others))
-    header = ("model", "", "batch", "context", "ms", "PDL", "tok/s", "GB", "of copy", "of sheet", "gpt-fast", "tuned", "hf", "hf comp.")
+    header = ("model", "", "batch", "context", "ms", "PDL", "tok/s", "GB", "of copy", "of sheet", *SHORT)
     lines = plots.table(header, rows, left=2) if rows else []
     off = [f"{r['engine']} {r['shape']} {r['difference']:.1e}" for r in steps if "difference" in r]
     if off:
