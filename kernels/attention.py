@@ -616,7 +616,7 @@ def _attention(
 
 def _heads_inside(x):
     """x [B, H, S, D] as `_outputs` lays it out: in memory [B, S, H, D]."""
-    B, H, S, D = x.shape
+    _, H, S, D = x.shape
     return x if x.stride() == (S * H * D, D, H * D, 1) else x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
