@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..kernels import tuning
-from ..kernels.dispatch import observe
+from ..kernels.dispatch import forget, observe
 from .cases import DTYPES, MODELS, OPS, available, case
 from .plots import table
 
@@ -60,6 +60,7 @@ def _forget():
     for function in vars(tuning).values():
         if hasattr(function, "cache_clear") and hasattr(function, "__wrapped__"):
             function.cache_clear()
+    forget()
 
 
 def neighbours(entry):
