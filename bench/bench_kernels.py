@@ -9,19 +9,16 @@ reference path at smaller shapes, and what only a GPU can tell says so. The firs
 import dataclasses
 import json
 import time
-import timeit
 from pathlib import Path
 
 import pytest
 import torch
-from trillama.bench import plots
+from trillama.bench import host, plots
 from trillama.bench.cases import OPS, Case, available, case
 from trillama.bench.peers import ENGINES, why_not
 from trillama.bench.roofline import GPUS, bound
 from trillama.bench.timing import device_seconds
-from trillama.kernels import use_backend
 from trillama.kernels.decode import counters
-from trillama.kernels.dispatch import observe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU_ONLY = "needs a GPU"
@@ -119,23 +116,11 @@ def summary(benchmarks, folder, draw=None):
     file = folder / "kernels.json"
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     file.write_text(json.dumps({"torch": torch.__version__, "device": name, "results": results}, indent=1) + "\n")
-    lines = [*speedups(results), "", *host_costs({r["op"] for r in results}), f"{len(results)} results in {file}"]
+    ops = {r["op"] for r in results}
+    lines = [*speedups(results), "", *host.report([op for op in available() if op in ops]), f"{len(results)} results in {file}"]
     if draw:
         lines.append(f"plots: {', '.join(map(str, plots.speedups(results, Path(draw))))}")
     return lines
-
-
-def host_costs(ops, repeats=300):
-    """What a call takes on the host before Triton's own launch, which is left out: checks, the choice of a tile, the outputs."""
-    costs = []
-    with use_backend("triton"), observe(lambda *launch: True):
-        for op in available():
-            if op in ops:
-                c = case(op, "SmolLM2-135M", tokens=1, context=64, dtype="fp32")
-                run = c.prepare(c.inputs(DEVICE))
-                best = min(timeit.repeat(run, number=repeats, repeat=3)) / repeats
-                costs.append(f"{op} {best * 1e6:.1f}")
-    return [f"us on the host for a call, without Triton's launch: {', '.join(costs)}"]
 
 
 def speedups(results):

@@ -228,8 +228,7 @@ def _forget():
     for function in vars(tuning).values():
         if hasattr(function, "cache_clear") and hasattr(function, "__wrapped__"):
             function.cache_clear()
-    if hasattr(dispatch, "forget"):
-        dispatch.forget()
+    dispatch.forget()
 
 
 # --- what a call computes ----------------------------------------------------------------------------------------------

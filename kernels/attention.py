@@ -607,6 +607,9 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     if uses_triton(q):
         return _forward(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, softcap, left, right, need_lse)
+    if starts_q is None:
+        out, lse = reference.attention(q, k, v, scale, left, right, softcap, need_lse)
+        return _heads_inside(out), lse if need_lse else q.new_empty(0, dtype=reference.wide(q.dtype))
     out, lse = _outputs(q, need_lse)
     for rows, keys in _sequences(starts_q, starts_k):
         o, l = reference.attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, left, right, softcap, need_lse)
@@ -614,6 +617,12 @@ def _attention(
         if need_lse:
             lse[:, :, rows] = l
     return out, lse
+
+
+def _heads_inside(x):
+    """x [B, H, S, D] as `_outputs` lays it out: in memory [B, S, H, D]."""
+    _, H, S, D = x.shape
+    return x if x.stride() == (S * H * D, D, H * D, 1) else x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _sequences(starts_q, starts_k):

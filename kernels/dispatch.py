@@ -49,6 +49,7 @@ def _probe(n):
         pass
 
 
+_allocator = None if triton is None else triton.runtime._allocation._allocator
 INTERPRETED = triton is not None and type(_probe).__name__ == "InterpretedFunction"
 # The interpreter multiplies bfloat16 as raw bits: operands of tl.dot are widened there and nowhere else.
 WIDEN = tl.constexpr(INTERPRETED)
@@ -84,11 +85,13 @@ def _known(name, source):
     return name
 
 
+_ENCODED = {name: os.environ.encodekey(name) for name in ("TRILLAMA_BACKEND", "TRILLAMA_PDL")}
+
+
 def environment(name):
-    """os.environ.get(name), which encodes, raises and catches for two microseconds to say that there is nothing: looked up before
-    in the dict behind it, where there is one."""
+    """os.environ.get(name), which takes two microseconds to say that there is nothing: first a look at the dict behind it."""
     variables = getattr(os.environ, "_data", None)
-    if variables is not None and os.environ.encodekey(name) not in variables:
+    if variables is not None and _ENCODED[name] not in variables:
         return None
     return os.environ.get(name)
 
@@ -289,19 +292,23 @@ def prefetch(pointers):
     )
 
 
-@contextlib.contextmanager
-def scratch(x):
+class scratch:
     """Kernels that build tensor descriptors need memory for them: within the block Triton gets it from torch, on the device of x.
     An allocator that the user has set stays in force."""
-    allocator = triton.runtime._allocation._allocator
-    if not isinstance(allocator.get(), triton.runtime._allocation.NullAllocator):
-        yield
-        return
-    token = allocator.set(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device))
-    try:
-        yield
-    finally:
-        allocator.reset(token)
+
+    def __init__(self, x):
+        self.device, self.token = x.device, None
+
+    def __enter__(self):
+        if isinstance(_allocator.get(), triton.runtime._allocation.NullAllocator):
+            self.token = _allocator.set(self.allocate)
+
+    def __exit__(self, *exception):
+        if self.token is not None:
+            _allocator.reset(self.token)
+
+    def allocate(self, size, alignment, stream):
+        return torch.empty(size, dtype=torch.int8, device=self.device)
 
 
 def cdiv(a, b):
@@ -451,7 +458,7 @@ def remembered(function):
     def wrapper(*arguments, **named):
         if torch.compiler.is_compiling():
             return function(*arguments, **named)
-        given = (*arguments, *named.values())
+        given = (*arguments, *named.values()) if named else arguments
         key = _key(given, named)
         known = calls.get(key)
         if known is not None:
@@ -473,7 +480,7 @@ def remembered(function):
         finally:
             _own.tape = outer
         give = tape.finder(result)
-        if give is not None:
+        if give is not None and tape.all_used():
             if len(calls) >= MOST:
                 calls.clear()
             calls[key] = [*tape.answers.items()], tape.steps, give
@@ -557,7 +564,7 @@ class _Tape:
         self.tensors = [*given]  # kept for as long as they are known by their ids
         self.numbers = {id(t): number for number, t in enumerate(given) if isinstance(t, torch.Tensor)}
         self.clear = len(self.numbers) == sum(isinstance(t, torch.Tensor) for t in given)  # where every tensor comes from
-        self.given = len(given)
+        self.given, self.used = len(given), set()
 
     def _places(self, arguments):
         """(the arguments without tensors, [(place, number) of the tensors])"""
@@ -567,6 +574,7 @@ class _Tape:
                 template[place] = None
                 places.append((place, self.numbers.get(id(a))))
         self.clear = self.clear and all(number is not None for _, number in places)
+        self.used.update(number for _, number in places)
         return template, places
 
     def step(self, function, arguments, options, result):
@@ -602,11 +610,11 @@ class _Tape:
 
     def call(self, function, arguments):
         """function(*arguments), noted as the launches it makes, or as one step where they are not all there is to it."""
-        before, steps, tensors = (dict(self.numbers), self.clear), len(self.steps), len(self.tensors)
+        before, steps, tensors = (dict(self.numbers), self.used.copy(), self.clear), len(self.steps), len(self.tensors)
         self.launched = False
         result = function(*arguments)
         if not self.launched or self.finder(result) is None:
-            self.numbers, self.clear = before
+            self.numbers, self.used, self.clear = before
             del self.steps[steps:], self.tensors[tensors:]
             self.step(function, arguments, {}, result)
         return result
@@ -643,6 +651,10 @@ class _Tape:
 
         self.steps.append(step)
         self.launched = True
+
+    def all_used(self):
+        """Whether the steps take every tensor given: of others, as of a number in a tensor, the value may have mattered."""
+        return all(n in self.used for n, t in enumerate(self.tensors[: self.given]) if isinstance(t, torch.Tensor))
 
     def finder(self, result):
         """What finds the result among the tensors, or None where the steps do not lead there."""

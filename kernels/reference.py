@@ -20,7 +20,7 @@ __all__ = [
 
 def wide(dtype):
     """The dtype in which an op computes: float32, or float64 for float64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # --- rms_norm: Zhang & Sennrich 2019, arXiv:1910.07467 ---------------------------------------------------------------
@@ -101,6 +101,8 @@ def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=
 
 
 def swiglu(gate, up):
+    if gate.dtype == up.dtype == wide(gate.dtype):  # no rounding in between
+        return F.silu(gate) * up
     return (F.silu(gate.to(wide(gate.dtype))) * up.to(wide(up.dtype))).to(gate.dtype)
 
 
@@ -151,17 +153,17 @@ def attention(q, k, v, scale, left, right, softcap, need_lse):
     """(out, lse or None) for a span as `span` gives it, aligned bottom-right: the last query meets the last key."""
     S, T = q.shape[2], k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    positions = torch.arange(T - S, T, device=q.device)
     limited = left is not None or (right is not None and right < T - 1)
+    causal = left is None and right == 0 and S == T
     if need_lse or softcap is not None or S > T or 0 in (*q.shape, *k.shape):
+        positions = torch.arange(T - S, T, device=q.device)
         rows = max(1, 2**24 // max(1, q.shape[0] * q.shape[1] * T))  # at most 64 MiB of float32 scores at a time
         parts = [
             attend(part, k, v, visible(where, T, left, right) if limited else None, scale, softcap)
             for part, where in zip(q.split(rows, 2), positions.split(rows))
         ]
         return torch.cat([o for o, _ in parts], 2), torch.cat([l for _, l in parts], 2)
-    causal = left is None and right == 0 and S == T
-    mask = visible(positions, T, left, right) if limited and not causal else None
+    mask = visible(torch.arange(T - S, T, device=q.device), T, left, right) if limited and not causal else None
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped), None
 
