@@ -485,7 +485,10 @@ def seconds_of(c):
     """The device's time of one call, by the replay of a CUDA graph where it can be captured."""
     from .timing import device_seconds
 
-    return device_seconds(c).seconds
+    timing = device_seconds(c)
+    if timing.why:  # what the host's launches take says nothing of tiles
+        raise RuntimeError(timing.why)
+    return timing.graph
 
 
 def tune(chosen, arch, record, measure=seconds_of, device="cuda", limit=60.0, say=lambda text: None):

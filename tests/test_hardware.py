@@ -6,89 +6,80 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import jobs
 import pytest
 import torch
-from trillama.bench import hardware
-from trillama.bench.hardware import SECTIONS, Card, process
+from trillama.bench import apart, hardware
+from trillama.bench.hardware import SECTIONS, Card
 from trillama.bench.hardware import __main__ as command
 
 pytestmark = pytest.mark.host
-HERE = Path(__file__).parent
 
 
 @pytest.fixture
 def worker(monkeypatch, tmp_path):
     """A worker on a pretended GPU, as a function of a job's name: ((status, error), its results)."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
-    with open(tmp_path / "log.txt", "w") as log:
-        made = process.Worker(log, rehearse=True)
+    made = apart.Worker(tmp_path / "log.txt", rehearse=True)
 
-        def do(name, limit=120, **work):
-            results = []
-            return made.do("jobs", name, work, limit, results.append), results
+    def do(job, *arguments, limit=120):
+        results = []
+        return made.do(job, arguments, limit, results.append), results
 
-        do.worker, do.log = made, tmp_path / "log.txt"
-        yield do
-        made.close()
+    do.worker, do.log = made, tmp_path / "log.txt"
+    yield do
+    made.end()
 
 
 def test_an_error_costs_its_job_and_not_the_process(worker):
-    (status, error), results = worker("works", n=3)
-    assert (status, error) == ("ok", None)
-    assert [r["i"] for r in results] == [0, 1, 2]
+    assert worker(jobs.works, 3)[0] == ("ok", None)
     pid = worker.worker.process.pid
-    (status, error), results = worker("fails")
+    assert [r["i"] for r in worker(jobs.works, 3)[1]] == [0, 1, 2]
+    (status, error), results = worker(jobs.fails)
     assert status == "failed"
     assert re.fullmatch(r"ValueError: no such thing \(jobs\.py:\d+\)", error)
     assert results == [{"i": 0}]
-    assert worker("memory")[0][0] == "out of memory"
-    assert worker("nothing")[0][1].startswith("AttributeError: module 'jobs' has no attribute 'nothing' (process.py:")
-    assert worker("chatters") == (("ok", None), [{"i": 0}])
+    assert worker(jobs.memory)[0] == ("out of memory", "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB")
+    assert worker(jobs.chatters) == (("ok", None), [{"i": 0}])
     assert worker.worker.process.pid == pid
-    assert "a library says something on stdout\n" in worker.log.read_text()
+    log = worker.log.read_text()
+    assert "a library says something on stdout\n" in log
+    assert "and not by Python\n" in log
 
 
 def test_a_crash_and_a_hang_cost_their_job(worker):
-    assert worker("dies")[0] == ("crashed", "signal SIGSEGV")
-    assert worker("leaves")[0] == ("crashed", "exit status 7")
-    worker("works")
+    assert worker(jobs.dies)[0] == ("crashed", "ended by SIGSEGV")
+    assert worker(jobs.leaves)[0] == ("crashed", "ended with status 7")
+    worker(jobs.works)
     start = time.monotonic()
-    (status, _), results = worker("hangs", limit=2)
-    assert status == "hung"
-    assert results == [{"i": 0}]
+    assert worker(jobs.hangs, limit=2) == (("hung", "no answer within 2 s"), [{"i": 0}])
     assert time.monotonic() - start < 60
-    assert worker("works")[0] == ("ok", None)
+    assert worker(jobs.works)[0] == ("ok", None)
 
 
 def test_a_device_that_is_lost_gets_a_new_process(worker):
     """After a failed capture torch 2.11 captures no more, after an illegal address no call works: another process goes on."""
-    (status, error), results = worker("captures")
+    (status, error), results = worker(jobs.captures)
     assert status == "ok"
     assert "operation not permitted" in results[0]["why"]
     assert error.startswith("a capture failed")
     assert worker.worker.process is None
-    (status, error), results = worker("poisons")
-    assert status == "failed"
-    assert "illegal memory access" in error
+    assert worker(jobs.poisons) == (("ok", "RuntimeError: CUDA error: an illegal memory access was encountered"), [{"i": 0}])
     assert worker.worker.process is None
-    assert worker("works")[0] == ("ok", None)
+    assert worker(jobs.works)[0] == ("ok", None)
 
 
-@pytest.mark.slow
-def test_side_by_side(monkeypatch, tmp_path):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
-    names, results, ends = ["works", "leaves", "works", "fails"], [], {}
-    tasks = [((i, name), "jobs", name, {}, 120) for i, name in enumerate(names)]
-    with open(tmp_path / "log.txt", "w") as log:
-        process.side_by_side(
-            tasks, 2, log, True, time.monotonic() + 300, lambda key, r: results.append((key, r["i"])),
-            lambda key, status, error, seconds: ends.update({key[0]: status}),
-        )  # fmt: skip
-        assert ends == {0: "ok", 1: "crashed", 2: "ok", 3: "failed"}
-        assert sorted(results) == [((0, "works"), 0), ((0, "works"), 1), ((2, "works"), 0), ((2, "works"), 1), ((3, "fails"), 0)]
-        process.side_by_side(tasks, 2, log, True, time.monotonic() - 1, None, lambda key, status, *_: ends.update({key[0]: status}))
+def test_side_by_side(tmp_path):
+    work, results, ends = [jobs.works, jobs.leaves, jobs.works, jobs.fails], [], {}
+    tasks = [(i, job, (), 120) for i, job in enumerate(work)]
+    apart.side_by_side(
+        tasks, 2, tmp_path / "log.txt", True, time.monotonic() + 300, lambda key, r: results.append((key, r["i"])),
+        lambda key, status, error, seconds: ends.update({key: status}),
+    )  # fmt: skip
+    assert ends == {0: "ok", 1: "crashed", 2: "ok", 3: "failed"}
+    assert sorted(results) == [(0, 0), (0, 1), (2, 0), (2, 1), (3, 0)]
+    late = time.monotonic() - 1
+    apart.side_by_side(tasks, 2, tmp_path / "log.txt", True, late, None, lambda key, status, *_: ends.update({key: status}))
     assert set(ends.values()) == {"left out"}
 
 

@@ -8,15 +8,28 @@ A section is a module of this package:
     run(**work)         yields results, dicts of plain values, each written down the moment it exists
     show(results)       -> lines of text: the tables
 
-Sections neither know nor import one another. `process` runs their jobs in processes of their own, `__main__` is the command, and
-`rehearsal` pretends a GPU where there is none.
+Sections neither know nor import one another, but for the ceilings that `facts` measured. Their jobs run in processes of their own
+(`bench.apart`), `__main__` is the command, and `rehearsal` pretends a GPU where there is none.
 """
 
 import dataclasses
+import importlib
 from dataclasses import dataclass, field
 
 PRETENDED = "a pretended H100"  # what a rehearsal's card is called
 SECTIONS = ("facts", "right", "decode", "attention", "rows", "training", "tune", "safety")
+
+
+def section(name):
+    return importlib.import_module(f".{name}", __package__)
+
+
+def carry_out(name, action, work):
+    """A job, in a process of its own: yields what `run` of its section does, or nothing for `warm`."""
+    import torch
+
+    yield from getattr(section(name), action)(**work) or ()
+    torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)

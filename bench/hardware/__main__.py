@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import datetime
 import functools
-import importlib
 import json
 import os
 import signal
@@ -20,14 +19,11 @@ import sys
 import time
 from pathlib import Path
 
-from . import SECTIONS, Card, process
+from ..apart import Worker, side_by_side
+from . import SECTIONS, Card, carry_out, section
 
 WIDTH = 10_000  # characters of the summary
 COMPILE, CORES, START = 1.6, 14, 8.0  # estimates: seconds a kernel and its launcher, workers, seconds until a worker works
-
-
-def section(name):
-    return importlib.import_module(f".{name}", __package__)
 
 
 def estimate(jobs, parallel):
@@ -73,7 +69,7 @@ class Record:
         return [line for line in self.lines if line["section"] == name]
 
 
-def carry_out(plan, record, log, minutes, rehearse):
+def measure(plan, record, log, minutes, rehearse):
     begin = time.monotonic()
     until = begin + 60 * minutes - 12  # the summary, and the end of what runs
     workers = max(1, min(CORES, (os.cpu_count() or 2) - 2))
@@ -88,13 +84,13 @@ def carry_out(plan, record, log, minutes, rehearse):
 
     def pool(names, action):
         tasks = [
-            ((name, job.name), section(name).__name__, action, job.work, patience * (30 + 6 * job.compiled + 10 * job.seconds))
+            ((name, job.name), carry_out, (name, action, job.work), patience * (30 + 6 * job.compiled + 10 * job.seconds))
             for name in names
             for job in plan[name]
             if action == "run" or job.compiled
         ]
         if tasks:
-            process.side_by_side(tasks, workers, log, rehearse, until, note, end)
+            side_by_side(tasks, workers, log, rehearse, until, note, end)
 
     def say(text):
         print(f"[{time.monotonic() - begin:4.0f} s] {text}", flush=True)
@@ -108,7 +104,7 @@ def carry_out(plan, record, log, minutes, rehearse):
         if section(name).PARALLEL:
             pool([name], "run")
             continue
-        worker = process.Worker(log, rehearse)
+        worker = Worker(log, rehearse)
         limit = time.monotonic() + patience * (1.5 * estimate(plan[name], False)[1] + 30)
         for job in plan[name]:
             key, now = (name, job.name), time.monotonic()
@@ -116,9 +112,9 @@ def carry_out(plan, record, log, minutes, rehearse):
                 record.add(*key, "left out", error="no time was left" if now > until else "its section's time was over")
                 continue
             allowed = min(patience * (20 + 6 * job.seconds), until + 10 - now)
-            outcome = worker.do(section(name).__name__, "run", job.work, allowed, functools.partial(note, key))
+            outcome = worker.do(carry_out, (name, "run", job.work), allowed, functools.partial(note, key))
             end(key, *outcome, time.monotonic() - now)
-        worker.close()
+        worker.end()
     say("done")
 
 
@@ -161,15 +157,11 @@ def parser():
     add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     add("--list", action="store_true", help="sections, cases and estimated seconds; nothing is run")
     add("--rehearse", action="store_true", help="everything at small sizes on a pretended GPU: no number of it means anything")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
     return p
 
 
 def main(argv=None):
     options = parser().parse_args(argv)
-    if options.worker:
-        process.serve(options.rehearse)
-        return 0
     if not options.minutes > 0:
         raise ValueError(f"--minutes is {options.minutes}, expected a number above 0")
     names = [name for name in SECTIONS if not options.only or name in options.only]
@@ -193,11 +185,10 @@ def main(argv=None):
         plan = {name: section(name).jobs(Card.at_hand(options.rehearse)) for name in names}
     record = Record(folder)
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # `timeout` and Ctrl-C alike: the summary of what there is
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        try:
-            carry_out(plan, record, log, options.minutes, options.rehearse)
-        except KeyboardInterrupt:
-            print("interrupted", flush=True)
+    try:
+        measure(plan, record, folder / "log.txt", options.minutes, options.rehearse)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
     text = summary(plan, record, options.rehearse)
     (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
     print("\n" + text)

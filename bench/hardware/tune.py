@@ -5,7 +5,7 @@ A job is one candidate: the table's own entry is measured beside it, and what ei
 
 import json
 
-from .. import plots, timing, tune
+from .. import plots, tune
 from . import Job
 
 PARALLEL = False
@@ -45,7 +45,7 @@ def warm(name, model, dtype, function, arguments, fields, tokens):
 def run(name, model, dtype, function, arguments, fields, tokens):
     c, key = case(name, model, dtype, tokens), (function, tuple(arguments))
     own, trial = None, None
-    for trial in tune.compare(c, key, [fields], lambda c: timing.device_seconds(c).seconds):
+    for trial in tune.compare(c, key, [fields], tune.seconds_of):
         own = own or trial
     if own.reason:
         raise RuntimeError(f"the table's own entry: {own.reason}")
