@@ -18,6 +18,9 @@ import time
 import traceback
 
 
+JOB = "--- "  # begins the line of the log that names a job
+
+
 class Died(RuntimeError):
     """What ended a job before its end, in one line. status: "failed" by an exception, "out of memory", "crashed" or "hung"."""
 
@@ -103,7 +106,8 @@ class Worker:
         if getattr(self, "own", None) is None:
             return ""
         with open(self.own, errors="replace") as file:
-            return (file.read().strip().splitlines() or [""])[-1].strip()
+            said = [line.strip() for line in file if line.strip() and not line.startswith(JOB)]
+        return said[-1] if said else ""
 
     def end(self):
         """Ends the process, and what it has started."""
@@ -193,7 +197,7 @@ def _serve(connection, log, rehearse, alone):
                 function, arguments = connection.recv()
             except EOFError:
                 return
-            print(f"--- {function.__module__}.{function.__name__} {arguments}", file=sys.stderr, flush=True)
+            print(f"{JOB}{function.__module__}.{function.__name__} {arguments}", file=sys.stderr, flush=True)
             status, error = _attempt(function, arguments, lambda value: connection.send(("value", value)))
             lost = _lost()
             connection.send(("end", (status, error, lost)))
