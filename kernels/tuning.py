@@ -176,7 +176,11 @@ def attention(arch, head_dim, itemsize):
     if head_dim <= 64:
         return Attention(128, 64, 4, 3, arch >= 90)
     if head_dim <= 128:
-        return Attention(128, 128, 8, 2, True) if arch in (90, 100) else Attention(128, 64, 8, 2, arch >= 90)
+        if arch in (90, 100):
+            return Attention(128, 128, 8, 2, True)
+        if TRITON < (3, 7):  # 64 keys at a time: ptxas 12.8 has two or three registers too few
+            return Attention(128, 32, 8, 2)
+        return Attention(128, 64, 8, 2, arch >= 90)
     return Attention(64, 32, 4, 2, True) if arch >= 90 else Attention(64, 16, 4, 2)
 
 
