@@ -262,6 +262,7 @@ def _in_words(report):
 # --- doctor ----------------------------------------------------------------------------------------------------------
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "gguf", "jinja2", "huggingface_hub")
+CHECK_SECONDS = 300  # for one op, whose kernels may have to be compiled first
 OPTIONAL = {
     "transformers": "transformers", "liger-kernel": "peers", "matplotlib": "plot", "sentencepiece": "meta", "pytest": "test",
 }  # fmt: skip
@@ -274,12 +275,14 @@ def _doctor_arguments(parser):
 def _doctor(options):
     import torch
 
-    from ..kernels import dispatch, reference
+    from ..bench.check import ops
+    from ..kernels import dispatch
     from .presets import cache_folder
 
     def row(title, text):
         print(f"{title:<10} {text}")
 
+    wrong = 0
     row("trillama", _version("trillama"))
     row("python", f"{platform.python_version()} at {sys.executable}")
     row("system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, torch uses {torch.get_num_threads()} threads")
@@ -292,9 +295,31 @@ def _doctor(options):
     for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
         choice, reason = _choice(dispatch, torch.device(device))
         row(device, f"{choice}: {reason}")
-        for op in reference.__all__:
-            if op != "rope_tables":  # computed once, the same way everywhere
-                row("", f"{op:<22} {choice}")
+        verdicts = _checked(ops(), device) if choice == "triton" else dict.fromkeys(ops())
+        for op, verdict in verdicts.items():
+            row("", f"{op:<22} {choice}{f': {verdict}' if verdict else ''}")
+            wrong += verdict not in (None, "ok")
+    if wrong:
+        row("", f"{wrong} of the kernels above fail here")
+    return int(wrong > 0)
+
+
+def _checked(ops, device):
+    """{op: "ok" or what is wrong} of every op launched on the device and compared with its reference, each in a process of its own:
+    one that crashes or hangs takes no other's line."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ..bench import apart, check
+
+    def verdict(op):
+        try:
+            (answer,) = apart.apart(check.check, op, device, limit=CHECK_SECONDS)
+        except apart.Died as error:
+            return str(error)
+        return answer
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # most of the time is the compiler's
+        return dict(zip(ops, pool.map(verdict, ops)))
 
 
 def _choice(dispatch, device):
@@ -332,7 +357,7 @@ def _version(package):
 # Commands of this file: function, its arguments, its help. Commands that live elsewhere read their own arguments.
 HERE = {
     "generate": (_generate, _generate_arguments, "continue a text, or answer a message"),
-    "doctor": (_doctor, _doctor_arguments, "what is installed, and which backend each op takes and why"),
+    "doctor": (_doctor, _doctor_arguments, "what is installed, which backend each op takes and why, whether its kernels are right"),
 }
 ELSEWHERE = {
     "chat": ("trillama.model.chat", "main", "a dialogue, turn by turn"),

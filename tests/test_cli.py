@@ -364,16 +364,84 @@ def test_closed_pipe_is_quiet(tiny_folder):
 # --- doctor ----------------------------------------------------------------------------------------------------------
 
 
+OPS = {
+    "add_rms_norm", "apply_rope", "choose_", "decode_attention", "decode_linear", "embed_next_", "flash_attention",
+    "flash_attention_varlen", "rms_norm", "rope_append_", "swiglu",
+}  # fmt: skip
+
+
+def test_doctor_knows_every_op():
+    """What torch has registered in our name, which is what has a kernel, and the packed form, which shares one."""
+    torch = pytest.importorskip("torch")
+    from trillama.bench import check
+
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("trillama::")}
+    forward = {name.split(".")[0] for name in registered if "_backward" not in name}
+    assert set(check.ops()) == OPS
+    assert forward | {"flash_attention_varlen"} == OPS
+    for op in OPS:
+        forms = check.calls(op, "fp16")
+        assert forms
+        differentiable = check.OPS[forms[0].op].differentiable
+        assert {c.backward for c in forms} == ({False, True} if differentiable else {False})
+
+
+@pytest.mark.timeout(600)
+def test_doctor_launches_every_op(trillama, monkeypatch):
+    dispatch = pytest.importorskip("trillama.kernels.dispatch")
+    if not dispatch.INTERPRETED or dispatch.interpreter_obstacle():
+        pytest.skip(dispatch.interpreter_obstacle() if dispatch.INTERPRETED else "launches on the CPU need Triton's interpreter")
+    monkeypatch.setenv("TRILLAMA_BACKEND", "triton")
+    status, out, err = trillama("doctor")
+    assert (status, err) == (0, "")
+    for op in OPS:
+        assert re.search(rf"^ +{op} +triton: ok$", out, re.MULTILINE), op
+
+
+def test_doctor_survives_what_it_checks(trillama, monkeypatch):
+    """A crash, a hang and an exception are one line each, the others' lines are there, and the exit status tells."""
+    check = pytest.importorskip("trillama.bench.check")
+    import clocks
+
+    monkeypatch.setattr(cli, "_choice", lambda dispatch, device: ("triton", "a test"))
+    monkeypatch.setattr(cli, "CHECK_SECONDS", 20)
+    monkeypatch.setattr(check, "check", clocks.check)
+    status, out, err = trillama("doctor")
+    assert (status, err) == (1, "")
+    lines = dict(re.findall(r"^ +(\w+) +triton: (.*)$", out, re.MULTILINE))
+    assert set(lines) == OPS
+    assert lines.pop("rms_norm").startswith("ended by SIGSEGV")
+    assert lines.pop("swiglu") == "no answer within 20 s"
+    assert lines.pop("apply_rope") == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert set(lines.values()) == {"ok"}
+    assert "3 of the kernels above fail here" in out
+
+
+def test_doctor_sees_a_wrong_kernel():
+    check, apart = pytest.importorskip("trillama.bench.check"), pytest.importorskip("trillama.bench.apart")
+    dispatch = pytest.importorskip("trillama.kernels.dispatch")
+    if not dispatch.INTERPRETED or dispatch.interpreter_obstacle():
+        pytest.skip(dispatch.interpreter_obstacle() if dispatch.INTERPRETED else "launches on the CPU need Triton's interpreter")
+    import clocks
+
+    (verdict,) = apart.apart(clocks.check_of_a_wrong_kernel, "swiglu", "cpu", limit=120)
+    assert re.match(r"swiglu backward: tensor 0 is 2.0e-03 from float64, allowed \d\S+, twice the reference's in fp16$", verdict)
+    assert check.error(torch_of([1.0, float("nan")]), torch_of([1.0, 2.0])) == float("inf")
+    assert check.error(torch_of([1, 2]), torch_of([1, 3])) == float("inf")
+
+
+def torch_of(values):
+    return pytest.importorskip("torch").tensor(values)
+
+
 def test_doctor(trillama):
     torch = pytest.importorskip("torch")
-    from trillama.kernels import reference
-
     status, out, err = trillama("doctor")
     assert (status, err) == (0, "")
     version = torch.__version__.split("+")[0]
     for words in (f"torch {version}", "python", "cache", "backend    reference", "transformers", "cpu        reference"):
         assert words in out
-    for op in set(reference.__all__) - {"rope_tables"}:
+    for op in OPS:
         assert re.search(rf"^ +{op} +reference$", out, re.MULTILINE), op
     if not torch.cuda.is_available():
         assert re.search(r"^gpu +none", out, re.MULTILINE)

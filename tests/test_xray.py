@@ -1,6 +1,7 @@
 """The x-ray: reading machine code, the arithmetic of its ceilings, and the command."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -172,6 +173,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         assert r["f64"] == 0
         assert r["shared"] <= r["shared_limit"]
         assert sum(r["mix"].values()) == r["instructions"]
+    obstacle = re.search("the interpreter of Triton .*", text)
+    if obstacle:  # memory traffic is counted there, and an error is not kept
+        pytest.skip(obstacle[0])
     monkeypatch.setattr(xray.Workers, "_connect", None)  # what was examined once comes from the disk
     pytest.importorskip("matplotlib")
     assert main([*argv[:-1], "-", "--plot", str(plot)]) == 0
