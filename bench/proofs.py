@@ -1,5 +1,5 @@
-"""Every op held against its formula in float64: the cases as data, and for each op a function that makes tensors as models hand them
-over, runs it and compares. An AssertionError says what is wrong.
+"""Every op held against its formula in float64: the cases as data, and for each op a function that makes tensors as models hand
+them over, runs it and compares. An AssertionError says what is wrong.
 
     proofs.rms_norm(device, dtype, shape=(3, 576))          one case
     proofs.trials("rms_norm", dtype)                        {name: arguments}
@@ -124,7 +124,9 @@ def rows(kind, *shape, dtype):
 def _weight(kind, n, dtype):
     if kind is None:
         return None
-    return torch.randn(n) if kind == "float32" else torch.randn(2 * n).to(dtype)[::2] if kind == "strided" else torch.randn(n).to(dtype)
+    if kind == "float32":
+        return torch.randn(n)
+    return torch.randn(2 * n).to(dtype)[::2] if kind == "strided" else torch.randn(n).to(dtype)
 
 
 def rms_norm(
@@ -659,7 +661,9 @@ SWIGLU = {
         for kind in PAIRS for shape in ((2, 3, 64), (3, 7, 100))
     },
     **{
-        f"{_star(kind == 'packed' and shape[-1] in (100, 1536))}backward {kind} {shape}": dict(shape=shape, kind=kind, backward=True)
+        f"{_star(kind == 'packed' and shape[-1] in (100, 1536))}backward {kind} {shape}": dict(
+            shape=shape, kind=kind, backward=True
+        )
         for shape, kinds in (
             ((5, 64), ("packed",)), ((3, 7, 100), ("contiguous", "packed", "interleaved", "columns", "expanded")),
             ((2, 1536), ("packed",)), ((70, 33), ("contiguous",)), ((2, 20000), ("packed",)),
@@ -794,13 +798,13 @@ VARLEN = [
     ("  one sequence", (33,), None, 7, 1, 32, {}),
     ("  many of one token", (1,) * 5, None, 2, 1, 64, {}),
 ]  # fmt: skip
-_FORWARD = "B Hq Hk S T D kind options".split()
-_BACKWARD = "B Hq Hk S T D options dlse".split()
+_FORWARD = ["B", "Hq", "Hk", "S", "T", "D", "kind", "options"]
+_BACKWARD = ["B", "Hq", "Hk", "S", "T", "D", "options", "dlse"]
 FLASH_ATTENTION = {
     **{name: dict(zip(_FORWARD, row)) for name, *row in ATTENTION},
     **{f"{name[:2]}backward, {name[2:]}": dict(zip(_BACKWARD, row), backward=True) for name, *row in ATTENTION_BACKWARD},
 }
-FLASH_ATTENTION_VARLEN = {name: dict(zip("lengths_q lengths_k Hq Hk D options".split(), row)) for name, *row in VARLEN}
+FLASH_ATTENTION_VARLEN = {name: dict(zip(["lengths_q", "lengths_k", "Hq", "Hk", "D", "options"], row)) for name, *row in VARLEN}
 
 
 def _cached(Hq, Hk, T, lengths, **more):

@@ -5,106 +5,17 @@ import math
 
 import pytest
 import torch
-from trillama.bench import oracle
+from trials import trials
+from trillama.bench import oracle, proofs
+from trillama.bench.proofs import attention as verify
+from trillama.bench.proofs import formula, heads
 from trillama.kernels import attention, flash_attention, reference, tuning
 from trillama.kernels.dispatch import INTERPRETED, observe
 
-FEW = not (INTERPRETED or torch.cuda.is_available())  # compiled and emulated: seconds for each new shape
 
-
-def cases(*rows):
-    """Test cases; where each costs a compilation only those that begin with "*" run without `-m slow`."""
-    return [pytest.param(*row, id=name.strip("* "), marks=[pytest.mark.slow] * (FEW and name[0] != "*")) for name, *row in rows]
-
-
-def heads(kind, B, H, S, D, dtype):
-    """A random tensor [B, H, S, D] as models hand it over."""
-    if kind == "contiguous":
-        return torch.randn(B, H, S, D).to(dtype)
-    if kind == "transposed":  # [B, S, H, D] in memory
-        return torch.randn(B, S, H, D).to(dtype).transpose(1, 2)
-    if kind == "packed":  # a slice of a projection of q, k and v
-        return torch.randn(B, S, 3 * H, D).to(dtype)[:, :, H : 2 * H].transpose(1, 2)
-    if kind == "odd":  # a slice that begins and strides at no multiple of 16 bytes
-        return torch.randn(B, H, S, D + 3).to(dtype)[..., 1 : D + 1]
-    if kind == "columns":  # the head's elements are not neighbours in memory
-        return torch.randn(B, D, H, S).to(dtype).permute(0, 2, 3, 1)
-    return torch.randn(1, 1, S, D).to(dtype).expand(B, H, S, D)
-
-
-def exactly(q, k, v, causal=True, window=None, **options):
-    left, right = None if window is None else window - 1, 0 if causal else None
-    return oracle.attention(q.double(), k.double(), v.double(), left=left, right=right, **options)
-
-
-def verify(device, q, k, v, fp32=1e-6, **options):
-    on = [t.to(device) if t.device.type != device else t for t in (q, k, v)]
-    same = oracle.unchanged(*on)
-    out, lse = flash_attention(*on, return_lse=True, **options)
-    same()
-    exact, exact_lse = exactly(q, k, v, **options)
-    oracle.check(out, exact, reference.flash_attention(q, k, v, **options), fp32)
-    seen = exact_lse > -math.inf
-    assert torch.equal(lse.cpu() > -math.inf, seen)
-    # A sum of products may come near zero and keep the error of its terms.
-    wrong = (lse.double().cpu() - exact_lse)[seen].norm() / exact_lse[seen].abs().clamp(min=1).norm()
-    assert not wrong > 1e-6
-    return out, lse
-
-
-SHAPES = cases(
-    # name, B, Hq, Hk, S, T, D, layout, options
-    ("* plain", 2, 4, 2, 150, 150, 64, "transposed", {}),
-    ("  128 wide", 1, 2, 2, 130, 130, 128, "contiguous", {}),
-    ("* 128 wide, longer keys", 1, 2, 1, 100, 230, 128, "transposed", {}),
-    ("* 80 wide", 1, 3, 1, 70, 90, 80, "packed", {}),
-    ("  96 wide", 1, 2, 2, 65, 65, 96, "packed", {}),
-    ("* 256 wide", 1, 2, 1, 66, 100, 256, "contiguous", {}),
-    ("  1 wide", 1, 2, 2, 20, 20, 1, "contiguous", {}),
-    ("  2 wide", 1, 1, 1, 17, 33, 2, "contiguous", {}),
-    ("  7 wide", 1, 2, 1, 40, 40, 7, "transposed", {}),
-    ("  33 wide", 2, 1, 1, 30, 64, 33, "contiguous", {}),
-    ("  100 wide", 1, 2, 2, 50, 50, 100, "transposed", {}),
-    ("  192 wide", 1, 1, 1, 64, 64, 192, "contiguous", {}),
-    ("  255 wide", 1, 1, 1, 31, 31, 255, "contiguous", {}),
-    ("  one query", 2, 4, 2, 1, 100, 64, "transposed", {}),
-    ("  one key", 1, 2, 2, 50, 1, 64, "transposed", {}),
-    ("  one of each", 1, 1, 1, 1, 1, 16, "contiguous", {}),
-    ("  a tile exactly", 1, 1, 1, 128, 128, 64, "contiguous", {}),
-    ("  a tile and one", 1, 1, 1, 129, 129, 64, "contiguous", {}),
-    ("  a tile less one", 1, 1, 1, 127, 127, 64, "contiguous", {}),
-    ("  longer queries", 1, 2, 2, 200, 90, 64, "transposed", {}),
-    ("  much longer queries", 1, 1, 1, 300, 5, 32, "contiguous", {}),
-    ("  MHA", 1, 5, 5, 40, 40, 32, "transposed", {}),
-    ("  ratio 3", 1, 9, 3, 40, 40, 64, "packed", {}),
-    ("  ratio 5", 1, 10, 2, 33, 50, 32, "packed", {}),
-    ("  ratio 7", 2, 7, 1, 33, 33, 32, "packed", {}),
-    ("  ratio 32", 1, 32, 1, 20, 20, 16, "transposed", {}),
-    ("  not causal", 1, 2, 2, 100, 70, 64, "transposed", {"causal": False}),
-    ("* not causal, ragged", 1, 2, 1, 33, 190, 64, "packed", {"causal": False}),
-    ("* window", 1, 2, 1, 150, 200, 64, "transposed", {"window": 70}),
-    ("  window of one", 1, 2, 2, 100, 100, 32, "transposed", {"window": 1}),
-    ("  window of 64", 1, 1, 1, 260, 260, 64, "contiguous", {"window": 64}),
-    ("  wide window", 1, 2, 2, 60, 60, 64, "transposed", {"window": 1000}),
-    ("  window, longer queries", 1, 2, 2, 150, 60, 64, "transposed", {"window": 33}),
-    ("  window, not causal", 1, 2, 2, 140, 100, 64, "transposed", {"window": 20, "causal": False}),
-    ("* softcap", 1, 2, 2, 90, 120, 64, "transposed", {"softcap": 3.0}),
-    ("  large softcap", 1, 2, 2, 70, 70, 64, "transposed", {"softcap": 50.0, "scale": 1.0}),
-    ("  softcap, window", 1, 2, 2, 150, 150, 32, "transposed", {"softcap": 2.0, "window": 50, "scale": -0.5}),
-    ("  scale", 1, 2, 2, 70, 70, 64, "transposed", {"scale": 0.3}),
-    ("  negative scale", 1, 2, 1, 70, 130, 64, "packed", {"scale": -0.2}),
-    ("  zero scale", 1, 2, 1, 70, 130, 64, "transposed", {"scale": 0.0}),
-    ("  odd views", 1, 2, 2, 70, 80, 64, "odd", {}),
-    ("* columns", 1, 2, 2, 70, 80, 64, "columns", {}),
-    ("  expanded", 2, 4, 2, 60, 60, 64, "expanded", {}),
-    ("  everything", 2, 6, 2, 75, 140, 80, "columns", {"window": 40, "softcap": 4.0, "scale": 0.2}),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(("B", "Hq", "Hk", "S", "T", "D", "layout", "options"), SHAPES)
-def test_shapes(triton, poisoned, device, dtype, B, Hq, Hk, S, T, D, layout, options):
-    q, k, v = heads(layout, B, Hq, S, D, dtype), heads(layout, B, Hk, T, D, dtype), heads(layout, B, Hk, T, D, dtype)
-    verify(device, q, k, v, **options)
+@pytest.mark.parametrize("name", [n for n in trials("flash_attention") if "backward" not in n.values[0]])
+def test_shapes(triton, poisoned, device, dtype, name):
+    proofs.run("flash_attention", name, dtype, device)
     assert triton.names == ["_forward_kernel"]
 
 
@@ -115,7 +26,7 @@ def test_shapes(triton, poisoned, device, dtype, B, Hq, Hk, S, T, D, layout, opt
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 300}, {"softcap": 5.0, "window": 129}], ids=str)
 def test_long_sequences(triton, poisoned, device, dtype, S, T, D, options):
     q, k, v = heads("packed", 1, 2, S, D, dtype), heads("packed", 1, 1, T, D, dtype), heads("packed", 1, 1, T, D, dtype)
-    verify(device, q, k, v, **options)
+    verify(device, dtype, q, k, v, **options)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "packed", "odd", "columns", "expanded"])
@@ -157,7 +68,7 @@ def test_empty(triton, poisoned, device, B, Hq, Hk, S, T, launched):
 
 def test_rows_that_see_nothing(triton, poisoned, device, dtype):
     q, k, v = (heads("transposed", 1, 2, n, 64, dtype) for n in (150, 40, 40))
-    out, lse = verify(device, q, k, v)
+    out, lse = verify(device, dtype, q, k, v)
     assert not out[:, :, :110].any()
     assert (lse[:, :, :110] == -math.inf).all()
     assert lse[:, :, 110:].isfinite().all()
@@ -169,7 +80,7 @@ def test_scores_far_from_zero(triton, device, shift):
     q, k, v = (heads("transposed", 1, 1, 70, 16, torch.float32) for _ in range(3))
     q[..., 0], k[..., 0] = abs(shift) ** 0.5, math.copysign(abs(shift) ** 0.5, shift)
     out, lse = flash_attention(*(t.to(device) for t in (q, k, v)), scale=1.0, return_lse=True)
-    exact, exact_lse = exactly(q, k, v, scale=1.0)
+    exact, exact_lse = formula(*(t.double() for t in (q, k, v)), scale=1.0)
     oracle.check(out, exact, fp32=0.02)  # one unit in the last place of such a score is 0.002, in the exponent
     oracle.check(lse, exact_lse)
 
@@ -184,11 +95,11 @@ def test_scores_that_outgrow_their_maximum(triton, poisoned, device, dtype, grow
     q[..., 0], k[..., 0] = 4.0, growth * torch.linspace(-2, 2, 200)
     rounding = 1e-6 + 2**-24 * abs(growth)  # half a unit in the last place of the largest score, in an exponent
     on = [t.to(dtype) for t in (q, k, v)]
-    verify(device, *on, fp32=rounding, causal=False)
-    verify(device, *on, fp32=rounding, causal=False, softcap=20.0)
-    verify(device, *on, fp32=rounding, window=50)
+    verify(device, dtype, *on, fp32=rounding, causal=False)
+    verify(device, dtype, *on, fp32=rounding, causal=False, softcap=20.0)
+    verify(device, dtype, *on, fp32=rounding, window=50)
     k[..., 0] = k[..., 0].flip(-1)
-    verify(device, *(t.to(dtype) for t in (q, k, v)), fp32=rounding)
+    verify(device, dtype, *(t.to(dtype) for t in (q, k, v)), fp32=rounding)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
@@ -252,7 +163,7 @@ def test_offsets_beyond_31_bits(triton, device):
     q, v = torch.randn(1, 1, 5, D, dtype=torch.float16), torch.randn(1, 1, T, D, dtype=torch.float16)
     out = flash_attention(q.to(device), k, v.to(device))
     close = k.cpu().clone()
-    oracle.check(out, exactly(q, close, v)[0], reference.flash_attention(q, close, v))
+    oracle.check(out, formula(*(t.double() for t in (q, close, v)))[0], reference.flash_attention(q, close, v))
 
 
 @pytest.mark.host

@@ -2,76 +2,21 @@
 
 import pytest
 import torch
-from trillama.bench import oracle
-from trillama.kernels import attention, flash_attention, reference
-from trillama.kernels.dispatch import INTERPRETED
+from trials import trials
+from trillama.bench import oracle, proofs
+from trillama.kernels import attention, flash_attention
 
-FEW = not (INTERPRETED or torch.cuda.is_available())  # compiled and emulated: seconds for each new shape
 KERNELS = ["_forward_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel"]
 
 
-def cases(*rows):
-    """Test cases; where each costs a compilation only those that begin with "*" run without `-m slow`."""
-    return [pytest.param(*row, id=name.strip("* "), marks=[pytest.mark.slow] * (FEW and name[0] != "*")) for name, *row in rows]
-
-
-def leaf(B, H, S, D, dtype):
-    return torch.randn(B, S, H, D).to(dtype).transpose(1, 2)
-
-
-def gradients(function, tensors, dout, dlse=None, **options):
-    """(out, dq, dk, dv) with the given gradients of out and, if there is one, of lse."""
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    out, lse = function(*leaves, return_lse=True, **options)
-    ends, starts = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse.to(lse.dtype)])
-    return out, *torch.autograd.grad(ends, leaves, starts)
-
-
-def exactly(q, k, v, *, causal=True, window=None, return_lse=True, **options):
-    return oracle.attention(q, k, v, left=None if window is None else window - 1, right=0 if causal else None, **options)
-
-
-SHAPES = cases(
-    # name, B, Hq, Hk, S, T, D, options, with a gradient of lse
-    ("* plain", 2, 2, 1, 70, 70, 64, {}, False),
-    ("* 128 wide, longer keys", 1, 2, 1, 70, 140, 128, {}, True),
-    ("  80 wide", 1, 3, 1, 70, 90, 80, {}, False),
-    ("  96 wide", 1, 2, 2, 40, 40, 96, {}, False),
-    ("  256 wide", 1, 1, 1, 40, 70, 256, {}, False),
-    ("  7 wide", 1, 2, 1, 40, 40, 7, {}, True),
-    ("  one query", 1, 4, 2, 1, 50, 32, {}, False),
-    ("  longer queries", 1, 2, 2, 150, 70, 64, {}, True),
-    ("  ratio 7", 1, 7, 1, 33, 40, 32, {}, False),
-    ("  not causal", 1, 2, 1, 70, 150, 64, {"causal": False}, True),
-    ("* window", 1, 2, 1, 150, 200, 64, {"window": 70}, False),
-    ("  window, longer queries", 1, 2, 2, 150, 60, 64, {"window": 33}, True),
-    ("  window, not causal", 1, 2, 2, 140, 100, 32, {"window": 20, "causal": False}, True),
-    ("* softcap", 1, 2, 2, 90, 100, 64, {"softcap": 3.0}, True),
-    ("  softcap, window, scale", 1, 2, 2, 70, 70, 32, {"softcap": 2.0, "window": 20, "scale": 0.7}, True),
-    ("  negative scale", 1, 2, 1, 70, 70, 32, {"scale": -0.2}, True),
-    ("  zero scale", 1, 2, 1, 40, 40, 32, {"scale": 0.0}, True),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(("B", "Hq", "Hk", "S", "T", "D", "options", "with_lse"), SHAPES)
-def test_gradients(triton, poisoned, device, dtype, B, Hq, Hk, S, T, D, options, with_lse):
-    tensors = leaf(B, Hq, S, D, dtype), leaf(B, Hk, T, D, dtype), leaf(B, Hk, T, D, dtype)
-    dout = torch.randn(B, Hq, S, D).to(dtype)
-    exact_lse = exactly(*(t.double() for t in tensors), **options)[1]
-    dlse = torch.where(exact_lse.isfinite(), torch.randn(B, Hq, S), 0.0) if with_lse else None
-    on = [t.to(device) for t in tensors]
-    same = oracle.unchanged(*on)
-    got = gradients(flash_attention, on, dout.to(device), None if dlse is None else dlse.to(device), **options)
-    same()
+@pytest.mark.parametrize("name", trials("flash_attention", "backward"))
+def test_gradients(triton, poisoned, device, dtype, name):
+    proofs.run("flash_attention", name, dtype, device)
     assert triton.names == KERNELS
-    exact = gradients(exactly, [t.double() for t in tensors], dout.double(), dlse, **options)
-    if dtype == torch.float32:
-        plain = eager = exact
-    else:
-        plain = gradients(reference.flash_attention, tensors, dout, dlse, **options)
-        eager = gradients(exactly, tensors, dout, dlse, **options)
-    for g, e, p, formula in zip(got, exact, plain, eager):
-        oracle.check(g, e, p, fp32=1e-5, eager=formula)
+
+
+def exactly(*tensors, return_lse=True):
+    return proofs.formula(*tensors)
 
 
 def test_of_lse_alone(triton, poisoned, device):

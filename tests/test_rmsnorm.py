@@ -2,84 +2,32 @@
 
 import pytest
 import torch
-from trillama.bench import oracle
-from trillama.kernels import add_rms_norm, reference, rms_norm, use_backend
-
-SIZES = [1, 2, 63, 64, 100, 127, 576, 1000, 1024, 1536, 2048, 3072, 4096, 5120, 8192, 14336, 40000, 100_000]
-LEADING = [(1,), (3,), (2, 5), (2, 3, 4), (0,), (4, 0, 2)]
+from trials import trials
+from trillama.bench import oracle, proofs
+from trillama.kernels import add_rms_norm, rms_norm, use_backend
 
 
-def layout(kind, *shape, dtype):
-    """A random tensor of a shape [..., N] as models hand it over."""
-    *lead, n = shape
-    if kind == "contiguous":
-        return torch.randn(shape).to(dtype)
-    if kind == "packed":  # a slice of a wider projection
-        return torch.randn(*lead, 3 * n).to(dtype)[..., n : 2 * n]
-    if kind == "transposed":  # [B, S, H, D] seen as [B, H, S, D]
-        return torch.randn(*lead[:-2], lead[-1], lead[-2], n).to(dtype).transpose(-2, -3)
-    if kind == "columns":  # the last axis is not the fastest one
-        return torch.randn(n, *lead).to(dtype).movedim(0, -1)
-    return torch.randn(n).to(dtype).expand(shape)
+@pytest.mark.parametrize("name", trials("rms_norm"))
+def test_rms_norm(triton, poisoned, device, dtype, name):
+    proofs.run("rms_norm", name, dtype, device)
+    assert len(triton.names) == 1 + ("backward" in name)
 
 
-def run(device, x, weight, residual=None, **options):
-    moved = [None if t is None else t.to(device) for t in (x, residual, weight)]
-    same = oracle.unchanged(*moved)
-    x, residual, weight = moved
-    out = rms_norm(x, weight, **options) if residual is None else add_rms_norm(x, residual, weight, **options)
-    same()
-    return out
+@pytest.mark.parametrize("name", trials("add_rms_norm"))
+def test_add_rms_norm(triton, poisoned, device, dtype, name):
+    proofs.run("add_rms_norm", name, dtype, device)
+    assert len(triton.names) == 1 + ("backward" in name)
 
 
-@pytest.mark.parametrize("n", SIZES)
-def test_sizes(triton, poisoned, device, dtype, n):
-    x, weight = torch.randn(3, n).to(dtype), torch.randn(n).to(dtype)
-    y = run(device, x, weight, eps=1e-5)
-    oracle.check(y, oracle.rms_norm(x.double(), weight.double(), 1e-5), reference.rms_norm(x, weight, 1e-5))
-    assert len(triton.names) == 1
-
-
-@pytest.mark.parametrize("n", [1, 100, 576, 4096, 40000])
-def test_sizes_with_residual(triton, poisoned, device, dtype, n):
-    x, residual, weight = torch.randn(5, n).to(dtype), torch.randn(5, n).to(dtype), torch.randn(n).to(dtype)
-    y, total = run(device, x, weight, residual)
-    plain, added = reference.add_rms_norm(x, residual, weight)
-    assert torch.equal(total.cpu(), added)  # one addition and one rounding: nothing to differ in
-    oracle.check(y, oracle.rms_norm(added.double(), weight.double()), plain)
-
-
-@pytest.mark.parametrize("lead", LEADING, ids=str)
-@pytest.mark.parametrize("n", [96, 640])
-def test_leading_axes(triton, poisoned, device, dtype, lead, n):
-    x, weight = torch.randn(*lead, n).to(dtype), torch.randn(n).to(dtype)
-    y = run(device, x, weight)
+@pytest.mark.parametrize("lead", [(0,), (4, 0, 2)], ids=str)
+def test_empty(triton, device, dtype, lead):
+    x = torch.randn(*lead, 96, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(96, device=device).to(dtype).requires_grad_()
+    y = rms_norm(x, weight)
     assert y.shape == x.shape
-    oracle.check(y, oracle.rms_norm(x.double(), weight.double()), reference.rms_norm(x, weight))
-    assert len(triton.names) == (0 if 0 in lead else 1)
-
-
-@pytest.mark.parametrize("kind", ["packed", "transposed", "columns", "expanded"])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 64), (3, 4, 7, 100), (1, 1, 6, 1000)], ids=str)
-def test_views_are_read_in_place(triton, poisoned, device, dtype, kind, shape):
-    x, residual = layout(kind, *shape, dtype=dtype), layout("contiguous", *shape, dtype=dtype)
-    weight = torch.randn(2 * shape[-1]).to(dtype)[::2]
-    y = run(device, x, weight)
-    oracle.check(y, oracle.rms_norm(x.double(), weight.double()), reference.rms_norm(x, weight))
-    y, total = run(device, residual, weight, x)
-    assert torch.equal(total.cpu(), x + residual)
-    oracle.check(y, oracle.rms_norm(total.cpu().double(), weight.double()), reference.rms_norm(x + residual, weight))
-    assert len(triton.names) == 2
-
-
-@pytest.mark.parametrize("casting", ["llama", "gemma"])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("weighted", [True, False], ids=["weight", "bare"])
-def test_casting_offset_weight(triton, poisoned, device, dtype, casting, offset, weighted):
-    x, weight = torch.randn(6, 320).to(dtype), torch.randn(320).to(dtype) if weighted else None
-    y = run(device, x, weight, offset=offset, casting=casting)
-    plain = reference.rms_norm(x, weight, offset=offset, casting=casting)
-    oracle.check(y, oracle.rms_norm(x.double(), weight.double() if weighted else None, offset=offset), plain)
+    y.sum().backward()
+    assert not weight.grad.any()
+    assert triton.names == []
 
 
 def test_llama_casting_has_hugging_faces_bits(triton, device, dtype):
@@ -96,60 +44,6 @@ def test_gemma_adds_its_offset_in_float32(triton, device, dtype):
     y = rms_norm(x.to(device), weight.to(device), offset=1.0, casting="gemma")
     exact = oracle.rms_norm(x.double(), weight.double(), offset=1.0)
     oracle.check(y, exact, exact.to(dtype))
-
-
-def test_weight_of_another_dtype(triton, poisoned, device, dtype):
-    x, weight = torch.randn(4, 256).to(dtype), torch.randn(256)
-    y = run(device, x, weight)
-    assert y.dtype == dtype
-    oracle.check(y, oracle.rms_norm(x.double(), weight.double()), reference.rms_norm(x, weight))
-
-
-def test_large_and_small_values(triton, device, dtype):
-    for size in (2.0**-10, 200.0):
-        x, weight = size * torch.randn(8, 1024).to(dtype), torch.randn(1024).to(dtype)
-        x = x.to(dtype)
-        y = run(device, x, weight, eps=1e-12)
-        oracle.check(y, oracle.rms_norm(x.double(), weight.double(), 1e-12), reference.rms_norm(x, weight, 1e-12))
-
-
-GRADIENTS = [(5, 64), (3, 7, 100), (700, 96), (2, 576), (3, 4096), (4, 20000), (3, 70000), (0, 64)]
-
-
-@pytest.mark.parametrize("shape", GRADIENTS, ids=str)
-@pytest.mark.parametrize("casting", ["llama", "gemma"])
-def test_gradients(triton, poisoned, device, dtype, shape, casting):
-    x, dy, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
-    x64, w64 = oracle.exact(x, weight)
-    oracle.rms_norm(x64, w64, 1e-5, 0.5).backward(dy.double())
-    xd, wd = (t.detach().clone().to(device).requires_grad_() for t in (x, weight))
-    rms_norm(xd, wd, 1e-5, offset=0.5, casting=casting).backward(dy.to(device))
-    xp, wp = (t.detach().clone().requires_grad_() for t in (x, weight))
-    reference.rms_norm(xp, wp, 1e-5, offset=0.5, casting=casting).backward(dy)
-    oracle.check(xd.grad, x64.grad, xp.grad, fp32=1e-5)
-    oracle.check(wd.grad, w64.grad, wp.grad, fp32=1e-5)
-    assert xd.grad.isfinite().all()
-    if 0 not in shape:
-        assert len(triton.names) == 2
-
-
-@pytest.mark.parametrize("kind", ["contiguous", "packed", "columns"])
-def test_gradients_with_residual(triton, poisoned, device, dtype, kind):
-    shape = (2, 9, 160)
-    x, residual = layout(kind, *shape, dtype=dtype), layout("contiguous", *shape, dtype=dtype)
-    weight, dy, dtotal = torch.randn(160).to(dtype), layout(kind, *shape, dtype=dtype), torch.randn(shape).to(dtype)
-
-    def gradients(function, *leaves):
-        y, total = function(*leaves)
-        return torch.autograd.grad((y, total), leaves, (dy.to(y), dtotal.to(y)))
-
-    ours = gradients(add_rms_norm, *(t.detach().clone().to(device).requires_grad_() for t in (x, residual, weight)))
-    plain = gradients(reference.add_rms_norm, *(t.detach().clone().requires_grad_() for t in (x, residual, weight)))
-    total64 = oracle.exact(x + residual)
-    w64 = oracle.exact(weight)
-    exact = torch.autograd.grad((oracle.rms_norm(total64, w64), total64 * 1), (total64, w64), (dy.double(), dtotal.double()))
-    for got, want, other in zip(ours, (exact[0], exact[0], exact[1]), plain):
-        oracle.check(got, want, other, fp32=1e-5)
 
 
 def test_frozen_weight_and_frozen_input(triton, device):

@@ -5,59 +5,28 @@ import math
 import numpy as np
 import pytest
 import torch
+from trials import trials
+from trillama.bench import proofs
+from trillama.bench.proofs import OPTIONS, Rows
 from trillama.kernels import use_backend
 from trillama.kernels.dispatch import INTERPRETED
-from trillama.kernels.sampling import choose_, clocks, embed_next_, start, warp
+from trillama.kernels.sampling import clocks, embed_next_, warp
 
 FEW = not (INTERPRETED or torch.cuda.is_available())  # compiled and emulated: seconds for each new shape
-OPTIONS = [
-    {}, {"repetition_penalty": 1.3}, {"temperature": 0.8}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.0, "top_p": 0.8},
-    {"temperature": 1.5, "min_p": 0.05}, {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 0.8},
-]  # fmt: skip
-
-
-class Rows:
-    """The tensors of a step that `choose_` writes, and the step."""
-
-    def __init__(self, rows, vocabulary, device, ends=(), seed=11, seen=None):
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.finished = torch.zeros((), dtype=torch.bool, device=device)
-        self.lengths = torch.arange(7, 7 + rows, dtype=torch.int32, device=device)
-        self.state = start(seed, rows, device)
-        self.seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device) if seen is None else seen.clone()
-        self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
-
-    def __call__(self, logits, **options):
-        written = {"state": self.state, "seen": self.seen, "lengths": self.lengths}
-        choose_(logits, self.ids, self.ended, self.finished, ends=self.ends, **written, **options)
-        return self.ids.tolist()
-
-    def all(self):
-        return [t.tolist() for t in (self.ids, self.ended, self.finished, self.lengths, self.state, self.seen)]
-
-
 def by_reference(function):
     with use_backend("reference"):
         return function()
 
 
-@pytest.mark.parametrize("vocabulary", [1, 4099] if FEW else [1, 97, 4099])
+@pytest.mark.parametrize("name", trials("choose"))
+def test_steps_are_those_of_the_reference(triton, device, dtype, name):
+    proofs.run("choose", name, dtype, device)
+    assert triton.names == ["_choose_kernel"] * 3
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_steps_are_those_of_the_reference(triton, device, dtype, options, vocabulary):
-    """Ids, ends, states, lengths and what has been seen, over three steps, one launch each."""
-    torch.manual_seed(vocabulary)
-    steps = [(torch.randn(3, vocabulary, device=device) * 4).to(dtype) for _ in range(3)]
-    seen = torch.rand(3, vocabulary, device=device) < 0.3
-    with use_backend("reference"):  # which gives the ids to end with
-        ends = Rows(3, vocabulary, device, seen=seen)(steps[0], **options)[1:2]
-    ours, theirs = (Rows(3, vocabulary, device, ends, seen=seen) for _ in range(2))
-    for i, logits in enumerate(steps):
-        ours(logits, **options)
-        by_reference(lambda logits=logits: theirs(logits, **options))
-        assert ours.all() == theirs.all()
-        assert ours.ended[1]
-        assert triton.names == ["_choose_kernel"] * (i + 1)
+def test_a_vocabulary_of_one(triton, device, dtype, options):
+    proofs.choose(device, dtype, vocabulary=1, options=options)
 
 
 @pytest.mark.parametrize("vocabulary", [12289, 49152, 128257])
@@ -167,13 +136,12 @@ def test_the_end_of_all(triton, device):
 
 @pytest.mark.parametrize("columns", [96, 576, 2000])
 def test_embedding(triton, device, dtype, columns):
-    table = torch.randn(50, 2 * columns, device=device).to(dtype)[:, ::2]
-    ids, lengths = torch.tensor([3, 49, 0, 3], device=device), torch.tensor([0, 5, 9, 1], dtype=torch.int32, device=device)
-    x, positions = embed_next_(ids, table, lengths)
-    assert torch.equal(x, table[ids][:, None])
-    assert positions.tolist() == [[0], [5], [9], [1]]
-    assert lengths.tolist() == [1, 6, 10, 2]
+    proofs.embed(device, dtype, columns=columns)
     assert triton.names == ["_embed_kernel"]
+
+
+def test_ids_outside_of_the_table(triton, device, dtype):
+    table, lengths = torch.randn(50, 96, device=device).to(dtype), torch.zeros(4, dtype=torch.int32, device=device)
     x, _ = embed_next_(torch.tensor([50, -1, 1, 1], device=device), table, lengths)
     assert x.isnan().all((1, 2)).tolist() == [True, True, False, False]
 

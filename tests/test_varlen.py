@@ -1,92 +1,28 @@
 """flash_attention_varlen: every packed sequence for itself, forward and backward."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
-from trillama.bench import oracle
-from trillama.kernels import flash_attention, flash_attention_varlen, reference
-from trillama.kernels.dispatch import INTERPRETED
+from trials import trials
+from trillama.bench import oracle, proofs
+from trillama.bench.proofs import cuts, formula_varlen, packed
+from trillama.kernels import flash_attention, flash_attention_varlen
 
-FEW = not (INTERPRETED or torch.cuda.is_available())  # compiled and emulated: seconds for each new shape
-
-
-def cases(*rows):
-    """Test cases; where each costs a compilation only those that begin with "*" run without `-m slow`."""
-    return [pytest.param(*row, id=name.strip("* "), marks=[pytest.mark.slow] * (FEW and name[0] != "*")) for name, *row in rows]
+KERNELS = ["_forward_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel"]
 
 
-def cuts(lengths, dtype=torch.int32):
-    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
-
-
-def packed(lengths, H, D, dtype):
-    """A slice of a projection of q, k and v: [tokens, H, D]."""
-    return torch.randn(sum(lengths), 3 * H, D).to(dtype)[:, H : 2 * H]
-
-
-def exactly(q, k, v, lengths_q, lengths_k, *, causal=True, window=None, **options):
-    """Sequence by sequence: (out [tokens, H, D], lse [H, tokens])"""
-    outs, lses = [], []
-    for (a, b), (c, d) in zip(*(pairwise(cuts(n).tolist()) for n in (lengths_q, lengths_k))):
-        one = (t.transpose(0, 1).unsqueeze(0) for t in (q[a:b], k[c:d], v[c:d]))
-        left, right = None if window is None else window - 1, 0 if causal else None
-        out, lse = oracle.attention(*one, left=left, right=right, **options)
-        outs.append(out[0].transpose(0, 1))
-        lses.append(lse[0])
-    return torch.cat(outs), torch.cat(lses, 1)
-
-
-SEQUENCES = cases(
-    # name, lengths of queries, lengths of keys (None: the same), Hq, Hk, D, options
-    ("* prompts", (70, 1, 0, 130, 5), None, 2, 1, 32, {}),
-    ("  128 wide", (20, 80), None, 2, 1, 128, {}),
-    ("  80 wide", (3, 33), None, 3, 1, 80, {}),
-    ("* longer keys, an empty sequence of each", (5, 0, 40, 3), (9, 20, 130, 0), 2, 1, 32, {}),
-    ("  longer queries", (100, 20), (40, 5), 2, 2, 32, {}),
-    ("  window", (20, 150), None, 1, 1, 64, {"window": 33}),
-    ("  not causal", (20, 75), (100, 3), 2, 1, 64, {"causal": False}),
-    ("  softcap", (30, 40), None, 2, 2, 32, {"softcap": 3.0, "scale": 0.5}),
-    ("  one sequence", (33,), None, 7, 1, 32, {}),
-    ("  many of one token", (1,) * 5, None, 2, 1, 32, {}),
-)
-
-
-@pytest.mark.parametrize(("lengths_q", "lengths_k", "Hq", "Hk", "D", "options"), SEQUENCES)
-def test_sequences(triton, poisoned, device, dtype, lengths_q, lengths_k, Hq, Hk, D, options):
-    lengths_k = lengths_k or lengths_q
-    tensors = packed(lengths_q, Hq, D, dtype), packed(lengths_k, Hk, D, dtype), packed(lengths_k, Hk, D, dtype)
-    where = cuts(lengths_q), cuts(lengths_k)
-    dout = torch.randn(sum(lengths_q), Hq, D).to(dtype)
-
-    def run(function, *tensors):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        out, lse = function(*leaves)
-        return out, lse, *torch.autograd.grad(out, leaves, dout.to(out))
-
-    def varlen(function, device):
-        moved = [t.to(device) for t in where]
-        return lambda *t: function(*t, *moved, max(lengths_q), max(lengths_k), return_lse=True, **options)
-
-    on = [t.to(device) for t in tensors]
-    same = oracle.unchanged(*on)
-    got = run(varlen(flash_attention_varlen, device), *on)
-    same()
-    assert triton.names == ["_forward_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel"]
-    exact = run(lambda *t: exactly(*t, lengths_q, lengths_k, **options), *(t.double() for t in tensors))
-    plain = run(varlen(reference.flash_attention_varlen, "cpu"), *tensors) if dtype != torch.float32 else exact
-    eager = run(lambda *t: exactly(*t, lengths_q, lengths_k, **options), *tensors) if dtype != torch.float32 else exact
-    for g, e, p, formula in zip(got, exact, plain, eager):
-        oracle.check(g, e, p, fp32=1e-5, eager=formula)
-    assert got[0].is_contiguous()
+@pytest.mark.parametrize("name", trials("flash_attention_varlen"))
+def test_sequences(triton, poisoned, device, dtype, name):
+    proofs.run("flash_attention_varlen", name, dtype, device)
+    assert triton.names == KERNELS
 
 
 def test_int64_cuts_and_a_generous_maximum(triton, poisoned, device):
     q, k, v = (torch.randn(12, h, 32, device=device) for h in (4, 2, 2))
     where = cuts((5, 7), torch.int64).to(device)
     out = flash_attention_varlen(q, k, v, where, where, 300, 200)
-    oracle.check(out, exactly(*(t.cpu().double() for t in (q, k, v)), (5, 7), (5, 7))[0])
+    oracle.check(out, formula_varlen(*(t.cpu().double() for t in (q, k, v)), (5, 7), (5, 7))[0])
 
 
 def test_same_bits_as_alone(triton, device, dtype):

@@ -47,7 +47,8 @@ def _op_jobs(card, dtypes):
             for start in range(0, len(names), size):
                 some = names[start : start + size]
                 numbered = f"{op} {dtype}" + (f" {start // size + 1}" if len(names) > size else "")
-                yield Job(numbered, {"what": "op", "op": op, "dtype": dtype, "names": some}, 0.1 * len(some), round(compiled * len(some)))
+                work = {"what": "op", "op": op, "dtype": dtype, "names": some}
+                yield Job(numbered, work, 0.1 * len(some), round(compiled * len(some)))
 
 
 def _cheap(op):
@@ -76,7 +77,8 @@ DECODE = [(1, 1, 1), (4, 1, 1), (7, 1, 1), (8, 1, 1), (32, 1, 1), (8, 1, 5)]  # 
 LINEAR = [  # columns, bits, fused, rows
     *((K, None, {"residual": True}, rows) for K in (2048, 4096, 14336) for rows in (1, 2, 4, 8)),
     *((K, None, {"norm": True, "activation": "swiglu"}, rows) for K in (1536, 4096) for rows in (1, 3, 8)),
-    *((K, bits, {"residual": True}, rows) for bits in (8, 4) for K, rows in ((2048, 1), (4096, 1), (4096, 2), (4096, 8), (14336, 1))),
+    *((K, bits, {"residual": True}, 1) for bits in (8, 4) for K in (2048, 4096, 14336)),
+    *((4096, bits, {"residual": True}, rows) for bits in (8, 4) for rows in (2, 8)),
     *((4096, bits, {"norm": True, "activation": "swiglu"}, rows) for bits in (8, 4) for rows in (1, 8)),
 ]
 
@@ -90,7 +92,8 @@ def _large_jobs(card):
     for (dtype, head_dim), shapes in sorted(LARGE.items(), key=lambda item: -item[0][1]):
         backward = any(b for *_, b in shapes)
         work = {"what": "large", "dtype": dtype, "head_dim": head_dim}
-        yield Job(f"attention of {head_dim}, large, {dtype}", work, 2.0 * len(shapes), 2 * len({str(s[2]) for s in shapes}) + 3 * backward)
+        compiled = 2 * len({str(options) for *_, options, _ in shapes}) + 3 * backward
+        yield Job(f"attention of {head_dim}, large, {dtype}", work, 2.0 * len(shapes), compiled)
     for head_dim in (64, 96, 128, 256):
         yield Job(f"decode of {head_dim}, large, bf16", {"what": "decode", "dtype": "bf16", "head_dim": head_dim}, 5.0, len(DECODE))
     for start in range(0, len(LINEAR), 8):
@@ -105,15 +108,16 @@ MODELS = {
     "tiny": Model(64, 2, 1, 32, 96, 1, 64),  # of a rehearsal
 }
 STEPS = [  # model, bits of its weights, rows
-    ("small", None, 1), ("small", None, 8), ("small", None, 16), ("real heads", None, 1), ("real heads", 8, 1), ("real heads", 4, 8),
-    ("small", 4, 1),
+    ("small", None, 1), ("small", None, 8), ("small", None, 16), ("small", 4, 1), ("real heads", None, 1), ("real heads", 8, 1),
+    ("real heads", 4, 8),
 ]  # fmt: skip
 
 
 def _step_jobs(card):
     if card.small:
-        yield Job("step, tiny, fp16, 2 rows", {"what": "step", "model": "tiny", "dtype": "fp16", "bits": 8, "rows": 2, "new": 4}, 6.0)
-        yield Job("model, tiny, fp16", {"what": "model", "model": "tiny", "dtype": "fp16", "bits": None, "new": 2}, 6.0)
+        tiny = {"model": "tiny", "dtype": "fp16"}
+        yield Job("step, tiny, int8, 2 rows", {"what": "step", **tiny, "bits": 8, "rows": 2, "new": 4}, 6.0)
+        yield Job("model, tiny, fp16", {"what": "model", **tiny, "bits": None, "new": 2}, 6.0)
         return
     for model, bits, rows in STEPS:
         name = f"step, {model}, {f'int{bits}' if bits else 'bf16'}, {rows} row{'s' * (rows > 1)}"
@@ -126,7 +130,8 @@ def _step_jobs(card):
 
 
 def _compiled_jobs(card):
-    for names in (("rms_norm", "swiglu", "decode_linear"), ("apply_rope", "rope_append_", "decode_attention"), ("flash_attention",)):
+    rows, attention = ("rms_norm", "swiglu", "decode_linear"), ("apply_rope", "rope_append_", "decode_attention")
+    for names in (rows, attention, ("flash_attention",)):
         yield Job(f"torch.compile of {', '.join(names)}", {"what": "compile", "names": names}, 0.5 if card.small else 25.0, 6)
 
 
@@ -163,7 +168,8 @@ def verdict(op, case, dtype, prove, border=BORDER):
         except Exception as error:
             traceback.print_exc()
             text = str(error).strip() if isinstance(error, AssertionError) else _first_line(error)
-            result |= {"status": "failed", "error": f"{case}, {dtype}: {text or traceback.format_exc().splitlines()[-2].strip()}"[:400]}
+            text = text or traceback.format_exc().splitlines()[-2].strip()  # a bare assertion: its line
+            result |= {"status": "failed", "error": f"{case}, {dtype}: {text}"[:400]}
     if found:
         wrong, allowed = max(found, key=lambda pair: pair[0] / pair[1])
         result |= {"wrong": wrong if wrong < math.inf else None, "allowed": allowed}  # None: NaN, or infinite where it must not be
@@ -304,7 +310,7 @@ def step(model, dtype, bits, rows, new):
         def ids(options=options, first=first):
             found = generate(model, prompts, max_new_tokens=new, eos=[], **options)
             assert found.shape == (rows, new)
-            assert 0 <= found.min() and found.max() < vocabulary, "ids outside the vocabulary"
+            assert ((found >= 0) & (found < vocabulary)).all(), "ids outside the vocabulary"
             assert not first or torch.equal(found, first[0]), _difference(found, first[0])
             return found
 
@@ -444,14 +450,14 @@ def compiled(names):
             function, leaves, rest = _calls(torch.float16)[name]
             torch._dynamo.reset()
             both = []
-            for how in (torch.compile(lambda *t: function(*t) * 2, fullgraph=True), lambda *t: function(*t) * 2):  # noqa: B023
+            for how in (torch.compile(lambda *t: function(*t) * 2, fullgraph=True), lambda *t: function(*t) * 2):
                 if not leaves:
                     with torch.no_grad():
                         both.append([how(*rest)])
                     continue
                 torch.manual_seed(4)
                 dout = [torch.randn(function(*leaves, *rest).shape, device="cuda")]
-                outputs, gradients = proofs.through(lambda *t, how=how: how(*t, *rest), leaves, dout)  # noqa: B023
+                outputs, gradients = proofs.through(lambda *t, how=how: how(*t, *rest), leaves, dout)
                 both.append([*outputs, *gradients])
             assert both[0][0].isfinite().all()
             for got, want in zip(*both):
@@ -524,4 +530,5 @@ def show(results):
         failed = sum(r["status"] != "ok" for r in group)
         lines.append((op, dtype, case, len(group), failed, "-" if worst is None else f"{worst:.2f}"))
     count, failed = (sum(line[i] for line in lines) for i in (3, 4))
-    return [*table(("op", "dtype", "worst case", "cases", "failed", "of the allowed"), lines, left=3), f"{count} cases, {failed} failed"]
+    header = "op", "dtype", "worst case", "cases", "failed", "of the allowed"
+    return [*table(header, lines, left=3), f"{count} cases, {failed} failed"]

@@ -32,12 +32,15 @@ GROUPS = {  # every kernel once, those of wide rows too, and attention with tens
     "varlen": {"flash_attention_varlen": ("longer keys, an empty sequence of each",)},
     "decode": {"decode_attention": ("64 wide, paged", "own splits, lengths (512, 513, 1100)")},
     "products": {
-        "decode_linear": ("norm-activation-residual-bias, 8 rows", "40 x 576, 1 rows", "int8, bare, 1 rows", "int4-32, bare, 1 rows"),
+        "decode_linear": (
+            "norm-activation-residual-bias, 8 rows", "40 x 576, 1 rows", "int8, bare, 1 rows", "int4-32, bare, 1 rows",
+        ),
     },
     "ends": {"embed": ("576",), "choose": ("4099, greedy", f"4099, {proofs.OPTIONS[-1]}")},
 }  # fmt: skip
 REFUSALS = re.compile(
-    r"[^\n]*(?:not supported|unable to|internal (?:sanitizer )?error|insufficient|permission|terminated before)[^\n]*", re.IGNORECASE
+    r"[^\n]*(?:not supported|unable to|internal (?:sanitizer )?error|insufficient|permission|terminated before)[^\n]*",
+    re.IGNORECASE,
 )  # fmt: skip
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)s?(?: displayed \((\d+) errors?, (\d+) warnings?\))?")
 
@@ -62,7 +65,8 @@ def run(tool, group, small=False):
         yield {**told, "status": "left out", "error": "compute-sanitizer is not installed"}
         return
     command = [
-        program, "--tool", tool, *TOOLS[tool], "--error-exitcode", "9", "--print-limit", "5", "--target-processes", "application-only",
+        program, "--tool", tool, *TOOLS[tool], "--error-exitcode", "9", "--print-limit", "5",
+        "--target-processes", "application-only",
         sys.executable, "-m", "trillama.bench.hardware.safety", json.dumps({"group": group, "small": small}),
     ]  # fmt: skip
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
