@@ -41,8 +41,10 @@ def pretend():
 
         quicken()
     with contextlib.ExitStack() as stack:
-        compiler, attention, profiler = {"compile": _uncompiled}, {"sdpa_kernel": _any}, {"profile": _Profile}
-        owners = (torch.cuda, STAND_INS), (torch, compiler), (torch.nn.attention, attention), (torch.profiler, profiler)
+        owners = (
+            (torch.cuda, STAND_INS), (torch.accelerator, {"current_stream": _Stream}), (torch, {"compile": _uncompiled}),
+            (torch.nn.attention, {"sdpa_kernel": _any}), (torch.profiler, {"profile": _Profile}),
+        )  # fmt: skip
         for owner, names in owners:
             for name, value in names.items():
                 stack.enter_context(mock.patch.object(owner, name, value))
@@ -85,6 +87,7 @@ class _Graph:
     def __init__(self, *_, **__):
         self.tape = []
 
+    @torch.no_grad()
     def replay(self):
         for function, args, kwargs, results in self.tape:
             again = function(*args, **kwargs)
@@ -156,6 +159,9 @@ class _Stream:
 
     def query(self):
         return True
+
+    def is_capturing(self):
+        return STAND_INS["is_current_stream_capturing"]()
 
     def wait_stream(self, stream):
         pass
