@@ -41,8 +41,11 @@ def pretend():
         quicken()
         _mend()
     with contextlib.ExitStack() as stack:
-        others = [(torch, "compile", _uncompiled), (torch.nn.attention, "sdpa_kernel", _any), (torch.profiler, "profile", _Profile)]
-        for owner, name, value in [*((torch.cuda, *stand_in) for stand_in in STAND_INS.items()), *others]:
+        others = (
+            (torch, "compile", _uncompiled), (torch.nn.attention, "sdpa_kernel", _any), (torch.profiler, "profile", _Profile),
+            (torch.accelerator, "current_stream", _Stream),
+        )  # fmt: skip
+        for owner, name, value in (*((torch.cuda, *stand_in) for stand_in in STAND_INS.items()), *others):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(_Device())
         yield
@@ -96,6 +99,7 @@ class _Graph:
     def __init__(self, *_, **__):
         self.tape = []
 
+    @torch.no_grad()
     def replay(self):
         for function, args, kwargs, results in self.tape:
             again = function(*args, **kwargs)
@@ -172,6 +176,9 @@ class _Stream:
 
     def query(self):
         return True
+
+    def is_capturing(self):
+        return STAND_INS["is_current_stream_capturing"]()
 
     def wait_stream(self, stream):
         pass
