@@ -17,7 +17,6 @@ import threading
 import time
 import traceback
 
-
 JOB = "--- "  # begins the line of the log that names a job
 
 

@@ -128,7 +128,7 @@ def test_tile_sizes_that_were_faster_make_a_tuning_file(file, tmp_path, monkeypa
     from trillama.kernels import tuning
 
     def trial(name, function, arguments, fields, gain):
-        what = {"section": "tune", "status": "ok", "job": f"{name} {fields}", "name": name, "model": "m", "shape": "s", "dtype": "bf16"}
+        what = {"section": "tune", "status": "ok", "job": f"{name} {fields}", "name": name, "model": "m", "shape": "s"}
         return {**what, "function": function, "arguments": arguments, "candidate": json.dumps(fields), "reason": None,
                 "own_us": 100.0, "us": 100.0 / gain, "gain": gain}  # fmt: skip
 

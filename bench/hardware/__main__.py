@@ -23,7 +23,7 @@ from ..apart import Worker, side_by_side
 from . import SECTIONS, Card, carry_out, section
 
 WIDTH = 10_000  # characters of the summary
-COMPILE, CORES, START = 1.6, 14, 8.0  # estimates: seconds a kernel and its launcher, workers, seconds until a worker works
+COMPILE, CORES, START = 1.6, 14, 3.0  # estimates: seconds a kernel and its launcher, workers, seconds until a worker works
 
 
 def estimate(jobs, parallel):
@@ -169,7 +169,7 @@ def main(argv=None):
 
     if options.list:
         card = Card.at_hand() if torch.cuda.is_available() else Card.nominal()
-        show_list({name: section(name).jobs(card) for name in names})
+        show_list({name: list(section(name).jobs(card)) for name in names})
         return 0
     if options.rehearse:
         from . import rehearsal
@@ -182,7 +182,7 @@ def main(argv=None):
         pretended = contextlib.nullcontext()
     folder = options.out or Path(f"hardware-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     with pretended:
-        plan = {name: section(name).jobs(Card.at_hand(options.rehearse)) for name in names}
+        plan = {name: list(section(name).jobs(Card.at_hand(options.rehearse))) for name in names}
     record = Record(folder)
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # `timeout` and Ctrl-C alike: the summary of what there is
     try:

@@ -50,8 +50,8 @@ def run(name, model, dtype, function, arguments, fields, tokens):
     if own.reason:
         raise RuntimeError(f"the table's own entry: {own.reason}")
     yield {
-        "name": name, "model": model, "shape": f"{c.label}, {c.shape}", "dtype": dtype, "function": function, "arguments": arguments,
-        "candidate": json.dumps(fields), "reason": trial.reason, "own_us": own.seconds * 1e6,
+        "name": name, "model": model, "shape": f"{c.label}, {c.shape}", "dtype": dtype, "function": function,
+        "arguments": arguments, "candidate": json.dumps(fields), "reason": trial.reason, "own_us": own.seconds * 1e6,
         **({} if trial.reason else {"us": trial.seconds * 1e6, "gain": own.seconds / trial.seconds}),
     }  # fmt: skip
 
