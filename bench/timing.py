@@ -39,6 +39,11 @@ def device_seconds(c, seconds=0.05):
     return measure(lambda: c.prepare(c.inputs("cuda")), c.moved, c.held, seconds)
 
 
+def timings(c):
+    """The same as a job of `bench.apart`, which yields."""
+    yield device_seconds(c)
+
+
 def measure(make, moved, held, seconds=0.05, graph=True):
     """The Timing of run(), run = make() having made the arguments anew.
 
