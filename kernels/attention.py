@@ -760,9 +760,19 @@ def flash_attention_varlen(
     op = "flash_attention_varlen"
     _check(op, q, k, v, softcap, window, ("tokens", "H", "D"))
     _check_starts(op, q, cu_seqlens_q, cu_seqlens_k)
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    q, k, v = (taped(_batch_of_one, t) for t in (q, k, v))
     out, lse = _run(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *reference.span(causal, window), scale, softcap, return_lse
     )
-    out = out.squeeze(0).transpose(0, 1)
-    return (out, lse.squeeze(0)) if return_lse else out
+    out = taped(_only, out)
+    return (out, taped(torch.Tensor.squeeze, lse, 0)) if return_lse else out
+
+
+def _batch_of_one(x):
+    """[tokens, H, D] as [1, H, tokens, D]"""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def _only(x):
+    """[1, H, tokens, D] as [tokens, H, D]"""
+    return x.squeeze(0).transpose(0, 1)

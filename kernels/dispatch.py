@@ -513,6 +513,8 @@ def _key(given, names):
                 key += (a.shape, a.stride(), a.dtype, a.device, differentiable, a.data_ptr() % 16)
             elif kind in _NUMBERS:
                 key += (kind, a)
+            elif kind is tuple and all(type(n) in _NUMBERS for n in a):
+                key += (kind, a, *map(type, a))
             else:
                 return None
     except RuntimeError:  # a tensor without strides or memory
@@ -530,6 +532,8 @@ def asked(question):
 
 def taped(function, *arguments, **options):
     """function(*arguments, **options), which a remembered call does again, with its own tensors in the place of these."""
+    if torch.compiler.is_compiling():
+        return function(*arguments, **options)
     tape, _own.tape = _own.tape, None
     try:
         result = function(*arguments, **options)

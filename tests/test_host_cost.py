@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trillama import kernels as k
 from trillama.bench.cases import available, case
 from trillama.kernels import dispatch, glu, use_backend
+from trillama.kernels.compat import flash_attn
 from trillama.kernels.dispatch import INTERPRETED, observe, remembered
 
 
@@ -264,6 +265,33 @@ def test_a_function_may_call_others_and_views():
             x, y = torch.randn(2, 3), torch.randn(2, 3)
             assert torch.equal(function(x, y), (x + y).T)
         assert len(next(c.cell_contents for c in function.__closure__ if isinstance(c.cell_contents, dict))) == kept
+
+
+def packed():
+    q, key, v = (torch.randn(7, h, 16) for h in (4, 2, 2))
+    cuts = torch.tensor([0, 3, 7], dtype=torch.int32)
+    return {"q": q, "k": key, "v": v, "cu_seqlens_q": cuts, "cu_seqlens_k": cuts.clone(), "max_seqlen_q": 4, "max_seqlen_k": 4}
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_views_before_and_after_are_made_again(backend, device):
+    """Packed sequences, and flash-attn's axes: [B, S, H, D]."""
+    dispatch.forget()
+    calls = (
+        (k.flash_attention_varlen, packed, {"return_lse": True}),
+        (flash_attn.flash_attn_varlen_func, packed, {"window_size": (2, 0)}),
+        (flash_attn.flash_attn_func, lambda: dict(zip("qkv", torch.randn(3, 1, 5, 2, 16))), {"window_size": (2, 1)}),
+    )
+    for count, (function, given, options) in enumerate(calls, 1):
+        for _ in range(3):
+            inputs = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in given().items()}
+            with use_backend(backend):
+                found = function(**inputs, **options)
+                assert sum(map(len, dispatch._memories)) == count
+                expected = function.__wrapped__(**inputs, **options)
+            for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected))):
+                assert torch.equal(a, b)
+                assert a.stride() == b.stride()
 
 
 # --- what is launched, in a process in which Triton compiles ---------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 
 from .. import attention as kernels
 from ..decode import decode_attention
-from ..dispatch import call, check, check_same, register
+from ..dispatch import call, check, check_same, register, remembered, taped
 from ..reference import wide
 from ..rope import apply_rope, rope_append_
 
@@ -37,6 +37,7 @@ def _cap(softcap):
     return softcap if softcap > 0 else None
 
 
+@remembered
 def flash_attn_func(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
@@ -50,14 +51,15 @@ def flash_attn_func(
     _unsupported(op, dropout_p, alibi_slopes)
     kernels._check(op, q, k, v, _cap(softcap), None, ("B", "S", "H", "D"))
     check(q.shape[0] == k.shape[0], lambda: f"{op}: k has shape {tuple(k.shape)}, expected batch size {q.shape[0]} as q")
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = (taped(torch.Tensor.transpose, t, 1, 2) for t in (q, k, v))
     out, lse = kernels._run(
         q, k, v, None, None, q.shape[2], k.shape[2], *_span(causal, window_size), softmax_scale, _cap(softcap), return_attn_probs
     )
-    out = out.transpose(1, 2)
+    out = taped(torch.Tensor.transpose, out, 1, 2)
     return (out, lse, None) if return_attn_probs else out
 
 
+@remembered
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
@@ -69,10 +71,10 @@ def flash_attn_varlen_func(
     softcap = _cap(softcap)
     kernels._check(op, q, k, v, softcap, None, ("tokens", "H", "D"))
     kernels._check_starts(op, q, cu_seqlens_q, cu_seqlens_k)
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    q, k, v = (taped(kernels._batch_of_one, t) for t in (q, k, v))
     cuts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     out, lse = kernels._run(q, k, v, *cuts, *_span(causal, window_size), softmax_scale, softcap, return_attn_probs)
-    out = out.squeeze(0).transpose(0, 1)
+    out = taped(kernels._only, out)
     return (out, lse.squeeze(0), None) if return_attn_probs else out
 
 
