@@ -342,9 +342,6 @@ def table(spent, launched, steps):
     return {"kernels": sorted(rows, key=lambda r: -r[2])[:20], "busy_us": sum(r[2] for r in rows), "span_us": span / steps}
 
 
-SHORT = ("gpt-fast", "tuned", "hf", "hf comp.")  # PEERS as columns
-
-
 # --- the tables ------------------------------------------------------------------------------------------------------
 
 
@@ -358,20 +355,20 @@ def show(results, known=()):
         if r["engine"] == "trillama":
             mine.setdefault(key, {})[r["pdl"]] = r
         else:
-            theirs.setdefault(key, {})[r["engine"]] = r["us"]
+            theirs.setdefault(key, []).append(r)
     for key, runs in mine.items():
-        plain, dependent = runs.get(False), runs.get(True)
         best = min(runs.values(), key=lambda r: r["us"])
         read = best["weight_bytes"] + best["cache_bytes"]
         fractions = [f"{read / best['us'] * 1e6 / b:.0%}" if b else "-" for b in bandwidths]
-        times = [f"{r['us'] / 1e3:.3f}" if r else "-" for r in (plain, dependent)]
-        others = [f"{us / best['us']:.2f}x" if us else "-" for us in (theirs.get(key, {}).get(engine) for engine in PEERS)]
-        rows.append((*key, *times, f"{best['tokens_per_s']:,.0f}", f"{read / 1e9:.2f}", *fractions, *others))
-    header = ("model", "", "batch", "context", "ms", "PDL", "tok/s", "GB", "of copy", "of sheet", *SHORT)
+        times = [f"{runs[on]['us'] / 1e3:.3f}" if on in runs else "-" for on in (False, True)]
+        rows.append((*key, *times, f"{best['tokens_per_s']:,.0f}", f"{read / 1e9:.2f}", *fractions))
+    header = ("model", "", "batch", "context", "ms", "PDL", "tok/s", "GB", "of copy", "of sheet")
     lines = plots.table(header, rows, left=2) if rows else []
-    off = [f"{r['engine']} {r['shape']} {r['difference']:.1e}" for r in steps if "difference" in r]
-    if off:
-        lines.append(f"logits of others, distance from ours over their norm: {'; '.join(off)}")
+    for key, others in theirs.items():
+        best = min((r["us"] for r in mine.get(key, {}).values()), default=None)
+        texts = [f"{r['engine']} {r['us'] / 1e3:.3f} ms" + (f" = {r['us'] / best:.2f}x" if best else "") for r in others]
+        off = max(r["difference"] for r in others)
+        lines.append(f"{key[0]} {key[1]} x{key[2]} at {key[3]}: {'; '.join(texts)} (logits {off:.0e} from ours)")
     for r in results:
         if "kernels" in r:
             lines.append(f"{r['shape']} {r['precision']}, context {r['context']}: {r['busy_us']:.0f} us of kernels in "
