@@ -244,13 +244,13 @@ def twin(model, config, layers=None):
     return theirs.requires_grad_(False).eval()
 
 
-def compiled(function, **options):
+def compiled(function, fullgraph=True, **options):
     """torch.compile in a fresh state, on this process's one thread: as many compile at a time as there are processes."""
     import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1
     torch.compiler.reset()
-    return torch.compile(function, fullgraph=True, dynamic=False, **options)
+    return torch.compile(function, fullgraph=fullgraph, dynamic=False, **options)
 
 
 # --- which of them there are ---------------------------------------------------------------------------------------------
