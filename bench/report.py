@@ -12,18 +12,17 @@ the measurements: lines that differ in `engine` alone are of peers, lines of two
 """
 
 import argparse
-import importlib
 import json
 import re
 import sys
 from pathlib import Path
 
 from . import plots
-from .hardware import SECTIONS, facts, tune
+from .hardware import SECTIONS, facts, section, table, tune
 
 MARK = "<!-- measured -->"
 FASTER = {"us": -1, "ms": -1, "seconds": -1, "tokens_per_s": 1, "tflop_s": 1, "gb_s": 1, "bytes_per_s": 1, "flop_per_s": 1}
-OTHERS = ("status", "error", "engine", "seconds", "job")  # not what was measured, nor a measurement
+OTHERS = ("status", "error", "why", "engine", "job", "peak_bytes", "parameters")  # say nothing of what was measured
 
 
 def load(file):
@@ -47,8 +46,8 @@ def load(file):
     return lines
 
 
-def of(lines, section):
-    return [line for line in lines if line["section"] == section and line["status"] == "ok"]
+def of(lines, name):
+    return [line for line in lines if line["section"] == name and line["status"] == "ok"]
 
 
 def card(lines):
@@ -81,10 +80,8 @@ def tables(lines):
     """The lines of all tables, each section under its title, and what went wrong."""
     yield provenance(lines)
     for name in SECTIONS:
-        found = of(lines, name)
-        if found:
-            module = importlib.import_module(f".hardware.{name}", __package__)
-            yield from ("", f"{name}: {module.__doc__.splitlines()[0]}", *module.show(found))
+        if any(line["section"] == name for line in lines):
+            yield from ("", f"{name}: {section(name).__doc__.splitlines()[0]}", *table(lines, name))
     wrong = [line for line in lines if line["status"] != "ok"]
     if wrong:
         yield from ("", "not measured, or wrong:")
@@ -105,8 +102,8 @@ def into_readme(lines, file):
 
 
 def identity(line):
-    """What a line is of: its words and whole numbers."""
-    return tuple((k, v) for k, v in sorted(line.items()) if k not in OTHERS and isinstance(v, (str, int, type(None))))
+    """What a line is of: its words and whole numbers. A flag that is not set is as one that is not there."""
+    return tuple((k, v) for k, v in sorted(line.items()) if k not in OTHERS and isinstance(v, (str, int)) and v is not False)
 
 
 def rate(line):
@@ -119,17 +116,17 @@ def rate(line):
 
 
 def speedups(lines):
-    """{section: [(what, {peer: our rate over the peer's})]} of the lines that differ in their engine alone."""
+    """{name: [(what, {peer: our rate over the peer's})]} of the lines that differ in their engine alone."""
     found = {}
     for line in lines:
         if "engine" in line and line["status"] == "ok" and rate(line):
             found.setdefault((line["section"], identity(line)), {})[line["engine"]] = rate(line)
     result = {}
-    for (section, what), engines in found.items():
+    for (name, what), engines in found.items():
         ours = engines.pop("trillama", None)
         if ours and engines:
             words = " ".join(f"{v}" if isinstance(v, str) else f"{k} {v}" for k, v in what if v is not None and k != "section")
-            result.setdefault(section, []).append((words, {name: ours / other for name, other in engines.items()}))
+            result.setdefault(name, []).append((words, {peer: ours / other for peer, other in engines.items()}))
     return result
 
 
@@ -151,7 +148,7 @@ def compare(a, b):
 def draw(lines, folder):
     """A file for each section that has peers: how many times as fast as each of them. Returns the files."""
     files = []
-    for section, cases in speedups(lines).items():
+    for name, cases in speedups(lines).items():
         peers = sorted({peer for _, engines in cases for peer in engines})
         drawn, subplots = plots.figure((10, 1.5 + 0.22 * len(cases) * (len(peers) + 1)))
         axes = subplots()
@@ -163,10 +160,10 @@ def draw(lines, folder):
         axes.invert_yaxis()
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xlabel("times as fast as the peer")
-        axes.set_title(f"{section}: {provenance(lines)}", fontsize=7)
+        axes.set_title(f"{name}: {provenance(lines)}", fontsize=7)
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-        files.append(Path(folder) / f"{section}.png")
+        files.append(Path(folder) / f"{name}.png")
         plots.save(drawn, files[-1])
     return files
 

@@ -41,7 +41,7 @@ def file(tmp_path):
 def rows(monkeypatch):
     from trillama.bench.hardware import rows
 
-    monkeypatch.setattr(rows, "show", lambda found: [f"{len(found)} rows"])
+    monkeypatch.setattr(rows, "show", lambda found, known: [f"{len(found)} rows"])
 
 
 def test_every_table_has_card_versions_and_date(file, capsys, rows):

@@ -6,7 +6,8 @@ A section is a module of this package:
     jobs(card)          -> [Job]: what there is to do on such a card, in order of value
     warm(**work)        compiles what the job launches; nothing is kept
     run(**work)         yields results, dicts of plain values, each written down the moment it exists
-    show(results)       -> lines of text: the tables
+    show(results, known)    -> lines of text, the tables; known: the results of `facts`
+    SHOWN               of which status these results are, where it is not "ok" alone
 
 Sections neither know nor import one another, but for the ceilings that `facts` measured. Their jobs run in processes of their own
 (`bench.apart`), `__main__` is the command, and `rehearsal` pretends a GPU where there is none.
@@ -22,6 +23,16 @@ SECTIONS = ("facts", "right", "decode", "attention", "rows", "training", "tune",
 
 def section(name):
     return importlib.import_module(f".{name}", __package__)
+
+
+def table(lines, name):
+    """The lines of the section's tables, of all results."""
+    module = section(name)
+
+    def of(name, shown):
+        return [line for line in lines if line["section"] == name and line["status"] in shown]
+
+    return module.show(of(name, getattr(module, "SHOWN", ("ok",))), of("facts", ("ok",)))
 
 
 def carry_out(name, action, work):

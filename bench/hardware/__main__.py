@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from ..apart import Worker, side_by_side
-from . import SECTIONS, Card, carry_out, section
+from . import SECTIONS, Card, carry_out, section, table
 
 WIDTH = 10_000  # characters of the summary
 COMPILE, CORES, START = 1.6, 14, 3.0  # estimates: seconds a kernel and its launcher, workers, seconds until a worker works
@@ -121,7 +121,7 @@ def measure(plan, record, log, minutes, rehearse):
 def summary(plan, record, rehearse):
     """At most WIDTH characters: facts, failures, then the tables in order of value, as far as they fit."""
     lines = ["A REHEARSAL: nothing here was measured."] if rehearse else []
-    lines += section("facts").show(record.of("facts")) if "facts" in plan else []
+    lines += table(record.lines, "facts")
     bad = [r for r in record.lines if r["status"] not in ("ok", "left out")]
     left = [r for r in record.lines if r["status"] == "left out"]
     lines += ["", f"FAILURES: {len(bad)}" if bad else "No failure."]
@@ -135,11 +135,10 @@ def summary(plan, record, rehearse):
     for name in plan:
         if name == "facts":
             continue
-        shown = getattr(section(name), "SHOWN", ("ok",))  # of which status its table is made
-        table = section(name).show([r for r in record.of(name) if r["status"] in shown])
+        rows = table(record.lines, name)
         room = WIDTH - len(text) - 80
         lines = []
-        for line in ["", f"{name}: {title(name)}", *table]:
+        for line in ["", f"{name}: {title(name)}", *rows]:
             if room < len(line) + 1:
                 lines.append(f"... more of {name} in results.jsonl")
                 break

@@ -7,7 +7,6 @@ import functools
 import time
 
 import torch
-from torch import nn
 
 from .. import decode, peers, plots, timing
 from ..cases import MODELS, Model
@@ -84,33 +83,12 @@ def warm(what, shape, steps, precision="bf16", batch=1, contexts=(), context=0, 
 @functools.lru_cache(maxsize=1)
 def random_model(shape, precision="bf16", layers=None):
     """A Llama of that shape on the GPU, in bfloat16 or quantised as a checkpoint would be. layers: fewer of them."""
-    from ...kernels import QuantizedWeight, quantize
-    from ...model.llama import Linear, Llama
+    from ...model import Llama
 
-    def quantized(weight, bits):  # in parts, as float32 takes twice as much
-        parts = [quantize(part, bits) for part in weight.split(max(1, (1 << 27) // weight.shape[1]))]
-        whole = zip(*((p.data, p.scale, p.minimum) for p in parts))
-        return QuantizedWeight(*(None if tensors[0] is None else torch.cat(tensors) for tensors in whole))
-
-    config, bits = SHAPES[shape].config(), BITS[precision]
-    with torch.device("meta"):
-        model = Llama({**config, "num_hidden_layers": layers or config["num_hidden_layers"]})
-    torch.manual_seed(0)
-    for name, parameter in list(model.named_parameters()):
-        weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
-        weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(std=0.02)
-        module = model.get_submodule(name.rpartition(".")[0])
-        del module.weight
-        if bits is None or not isinstance(module, Linear):
-            module.weight = nn.Parameter(weight, requires_grad=False)
-        else:
-            module.weight = quantized(weight, 8 if module is model.lm_head else bits)
-    model.tie()
-    if bits is not None and model.config.tie_word_embeddings:
-        weight = model.lm_head.weight
-        del model.lm_head.weight
-        model.lm_head.weight = quantized(weight, 8)
-    return model.eval()
+    config = SHAPES[shape].config()
+    config["num_hidden_layers"] = layers or config["num_hidden_layers"]
+    quantize = None if precision == "bf16" else precision
+    return Llama.random(config, device="cuda", dtype=torch.bfloat16, quantize=quantize).requires_grad_(False)
 
 
 def room(context, steps):

@@ -89,7 +89,7 @@ def rehearsed(results):
     return any(r.get("gpu") == PRETENDED for r in results)
 
 
-def show(results):
+def show(results, known=()):
     lines, sheet = [], datasheet(results)
     for r in results:
         if "gpu" in r:

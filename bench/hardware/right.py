@@ -516,7 +516,7 @@ def device(dtype):
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def show(results):
+def show(results, known=()):
     from ..plots import table
 
     groups = {}

@@ -101,7 +101,7 @@ def judged(code, text):
     return {"errors": 0, "warnings": warnings}
 
 
-def show(results):
+def show(results, known=()):
     lines = []
     for tool in TOOLS:
         mine = [r for r in results if r.get("tool") == tool]

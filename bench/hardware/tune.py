@@ -77,7 +77,7 @@ def entries(results):
     return [{"function": function, "arguments": list(arguments), "entry": entry} for (function, arguments), entry in found.items()]
 
 
-def show(results):
+def show(results, known=()):
     rows = []
     for (name, model), r in best(results).items():
         gain = r.get("gain", 0)
