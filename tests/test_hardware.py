@@ -106,7 +106,7 @@ def test_names_are_unique_and_work_is_plain():
             assert len({job.name for job in found}) == len(found)
             for job in found:
                 assert pickle.loads(pickle.dumps(job.work)) == job.work
-                assert hasattr(command.section(name), "warm") or not job.compiled
+                assert command.section(name).PARALLEL or hasattr(command.section(name), "warm") or not job.compiled
 
 
 def test_without_a_gpu_it_says_so():
