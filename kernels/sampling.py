@@ -412,12 +412,12 @@ def _choose(logits, ids, ended, finished, ends, state, seen, lengths, temperatur
     if cut:
         distances = fresh(torch.empty((rows, tile.groups + vocabulary), dtype=torch.float32, device=logits.device))
         numbers = fresh(torch.empty((rows, tile.groups + vocabulary), dtype=torch.int32, device=logits.device))
-    written(ids, ended, finished, state, seen, lengths)
+    written(ids, ended, finished, None if greedy else state, seen, lengths)
     seen, ended, finished = (None if t is None else taped(torch.Tensor.view, t, torch.uint8) for t in (seen, ended, finished))
     launch(
         _choose_kernel,
         (cdiv(vocabulary, tile.block), rows),
-        logits, seen, None if greedy else state, ids, ended, finished, ends, lengths, best, distances, numbers,
+        logits, seen, state, ids, ended, finished, ends, lengths, best, distances, numbers,
         taped(_counters, rows + 1, logits.device), temperature, penalty, top_k, top_p, -math.log(min_p) if min_p else None, rows,
         logits.stride(0),
         VOCABULARY=vocabulary, ENDS=len(ends), BLOCK_ENDS=next_power_of_2(len(ends)), GREEDY=greedy, BLOCK=tile.block,

@@ -161,6 +161,24 @@ def test_bad_arguments():
         embed_next_(torch.zeros(2, dtype=torch.int64), torch.randn(4, 4), torch.zeros(2, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_what_is_written_counts_a_version(device, backend):
+    """So that autograd sees that ids it has kept are others now; the second calls are remembered ones."""
+    rows, table = Rows(2, 10, device), torch.randn(10, 8, device=device)
+    logits = torch.randn(2, 10, device=device)
+    with use_backend(backend):
+        for _ in range(2):
+            mutable = (rows.ids, rows.ended, rows.finished, rows.state, rows.seen, rows.lengths)
+            before = [t._version for t in mutable]
+            rows(logits, temperature=1.0, repetition_penalty=1.2)
+            assert all(t._version > b for t, b in zip(mutable, before))
+            before = rows.lengths._version, rows.ids._version, rows.state._version
+            embed_next_(rows.ids, table, rows.lengths)
+            assert (rows.lengths._version > before[0], rows.ids._version) == (True, before[1])
+            rows(logits, repetition_penalty=1.2)
+            assert rows.state._version == before[2]
+
+
 @pytest.mark.host
 @pytest.mark.parametrize("backend", ["reference", "triton"] if INTERPRETED else ["reference"])
 def test_as_ops(backend):
