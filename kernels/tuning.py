@@ -191,14 +191,15 @@ def attention_backward(arch, head_dim, itemsize):
         if head_dim <= 64:
             return Attention(32, 32, 4, 1), Attention(32, 32, 4, 1)
         return Attention(16, 16, 8, 1), Attention(32 if head_dim <= 128 else 16, 16, 8, 1)
+    edges = None if arch == 90 else 1  # one tile at a time: a loop so short, pipelined, costs too many registers
     gather = TRITON < (3, 7)  # later ones do so by themselves, but for a few registers
     if head_dim <= 64:
-        edges = None if arch == 90 else 1  # one tile at a time: a loop so short, pipelined, costs too many registers
         return Attention(128, 64, 8, 2), Attention(64 if arch in (90, 100) else 32, 128, 8, 2, False, edges, gather)
     if head_dim <= 128:
         dq = Attention(128, 32, 8, 3) if arch < 90 else Attention(128, 64, 8, 2)
-        return dq, Attention(32, 128, 8, 3, False, 1, True) if arch == 90 else Attention(64, 64, 8, 2, False, 1, gather)
-    return Attention(64, 16 if arch in (86, 89, 120) else 32, 8, 2), Attention(32, 32, 8, 2, False, None if arch == 90 else 1, gather)
+        # On sm_90 128 keys, so that queries are read half as often; they fit, in any version, by those few registers.
+        return dq, Attention(32, 128, 8, 3, False, 1, True) if arch == 90 else Attention(64, 64, 8, 2, False, edges, gather)
+    return Attention(64, 16 if arch in (86, 89, 120) else 32, 8, 2), Attention(32, 32, 8, 2, False, edges, gather)
 
 
 def l2_bytes(arch):
