@@ -113,8 +113,8 @@ def unchanged(*tensors):
 
     def verify():
         for t, copy, version in before:
-            assert t._version == version
+            assert t._version == version, "an argument has been written to"
             now, then = (x.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8) for x in (t, copy))
-            assert torch.equal(now, then)
+            assert torch.equal(now, then), "an argument has changed"
 
     return verify

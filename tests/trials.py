@@ -11,4 +11,4 @@ FEW = not (INTERPRETED or torch.cuda.is_available())  # compiled and emulated: s
 def trials(op, where=""):
     """The names of an op's cases that contain `where`; where each costs a compilation those of all dtypes run without `-m slow`."""
     names = [n for n in proofs.TRIALS[op] if where in n]
-    return [pytest.param(n.strip("* "), marks=[pytest.mark.slow] * (FEW and n[0] != "*")) for n in names]
+    return [pytest.param(proofs.bare(n), marks=[pytest.mark.slow] * (FEW and n[0] != "*")) for n in names]
