@@ -120,3 +120,28 @@ def test_the_command(tmp_path):
     moved = case("rms_norm", "SmolLM2-135M", tokens=entry["tokens"], dtype=entry["dtype"]).moved
     assert entry["gb_s"] == pytest.approx(moved / entry["us"] / 1e3)
     assert (plots / "rms_norm.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_a_gpu_adds(monkeypatch):
+    """On a pretended one: the device's time comes from a process of its own, with what it means on this card."""
+    from types import SimpleNamespace
+
+    from trillama.bench import bench_kernels, timing
+    from trillama.bench.apart import Worker
+    from trillama.bench.hardware import rehearsal
+
+    def benchmark(function):
+        function()
+
+    benchmark.extra_info, benchmark.stats = {}, SimpleNamespace(stats=SimpleNamespace(min=1.0))
+    monkeypatch.setattr(bench_kernels, "DEVICE", "cuda")
+    monkeypatch.setattr(bench_kernels, "Worker", lambda: Worker(rehearse=True))
+    monkeypatch.setattr(timing.Captures, "broken", None)
+    with rehearsal.pretend(), use_backend("reference"):
+        clock = bench_kernels.clock.__wrapped__()
+        bench_kernels.test_kernel(benchmark, next(clock), small("rms_norm"))
+        next(clock, None)
+    found = benchmark.extra_info
+    assert found["us"] == found["graph_us"] > 0
+    assert found["why"] is None
+    assert found["of_bound"] > 0
