@@ -5,7 +5,7 @@ A job is one candidate: the table's own entry is measured beside it, and what ei
 
 import json
 
-from .. import plots, tune
+from .. import cases, plots, tune
 from . import Job
 
 PARALLEL = False
@@ -33,8 +33,8 @@ def jobs(card):
 def case(name, model, dtype, tokens):
     """The case that decides, in a rehearsal with few tokens."""
     entry = tune.ENTRIES[name]
-    few = {} if tokens is None else {"tokens": 1, "context": 8} if tune.OPS[entry.op].phase == "decode" else {"tokens": tokens}
-    return tune.case(entry.op, model, dtype=dtype, backward=entry.backward, **few)
+    few = {} if tokens is None else {"tokens": 1, "context": 8} if cases.OPS[entry.op].phase == "decode" else {"tokens": tokens}
+    return cases.case(entry.op, model, dtype=dtype, backward=entry.backward, **few)
 
 
 def warm(name, model, dtype, function, arguments, fields, tokens):
