@@ -18,8 +18,8 @@ from . import Job
 PARALLEL = True
 SHOWN = ("ok", "failed", "left out")
 TOOLS = {
-    "memcheck": ("--report-api-errors", "no"),  # torch asks the driver for what may not be there
-    "racecheck": (),
+    "memcheck": ("--print-limit", "5", "--report-api-errors", "no"),  # torch asks the driver for what may not be there
+    "racecheck": ("--print-limit", "100", "--racecheck-report", "analysis"),
 }
 LIMIT = 75  # seconds that one may take
 GROUPS = {  # every kernel once, those of wide rows too, and attention with tensor descriptors and without
@@ -42,6 +42,8 @@ REFUSALS = re.compile(
     r"[^\n]*(?:not supported|unable to|internal (?:sanitizer )?error|insufficient|permission|terminated before)[^\n]*",
     re.IGNORECASE,
 )  # fmt: skip
+# Lanes of a Triton reduction write the same place, and its butterfly gives them sums in different order: triton-lang/triton 7264.
+READS = re.compile(r"Read access|\b(?:RAW|WAR)\b")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)s?(?: displayed \((\d+) errors?, (\d+) warnings?\))?")
 
 
@@ -65,7 +67,7 @@ def run(tool, group, small=False):
         yield {**told, "status": "left out", "error": "compute-sanitizer is not installed"}
         return
     command = [
-        program, "--tool", tool, *TOOLS[tool], "--error-exitcode", "9", "--print-limit", "5",
+        program, "--tool", tool, *TOOLS[tool], "--error-exitcode", "9",
         "--target-processes", "application-only",
         sys.executable, "-m", "trillama.bench.hardware.safety", json.dumps({"group": group, "small": small}),
     ]  # fmt: skip
@@ -83,7 +85,8 @@ LATE = 4  # exit status of a process that ends itself
 
 
 def judged(code, text):
-    """{"errors", "warnings"} as counted, with status and error where there are any, or where nothing was instrumented."""
+    """{"errors", "warnings"} as counted, with status and error where there are any, or where nothing was instrumented. Races among
+    writes alone count as warnings."""
     marked = [line.strip("= ") for line in text.splitlines() if line.startswith("=========") and line.strip("= ")]
     found = SUMMARY.search(text)
     if code == LATE:
@@ -92,10 +95,12 @@ def judged(code, text):
     if found is None or refused:
         return {"status": "left out", "error": (refused or re.match(".*", marked[-1] if marked else "it says nothing"))[0][:200]}
     errors, warnings = int(found[2] or found[1]), int(found[3] or 0)
+    if found[2] and not READS.search("\n".join(marked)):
+        errors, warnings = 0, warnings + errors
     first = next((line for line in marked if "SUMMARY" not in line and not line.startswith("COMPUTE-SANITIZER")), "")
     if errors:
         return {"errors": errors, "warnings": warnings, "status": "failed", "error": f"{errors} errors: {first}"[:300]}
-    if code:
+    if code not in (0, 9):
         lines = [line for line in text.splitlines() if line.strip() and not line.startswith("=========")]
         return {"status": "failed", "error": f"exit status {code}: {lines[-1] if lines else ''}"[:300]}
     return {"errors": 0, "warnings": warnings}
@@ -121,7 +126,9 @@ def main(group, small):
     """Runs the group's cases, every tensor in an allocation of its own size."""
     import contextlib
 
-    threading.Timer(LIMIT, lambda: os._exit(LATE)).start()
+    timer = threading.Timer(LIMIT, lambda: os._exit(LATE))  # the tool ends when this process does
+    timer.daemon = True
+    timer.start()
     with contextlib.ExitStack() as stack:
         if small:
             from .rehearsal import pretend
@@ -131,8 +138,6 @@ def main(group, small):
             for name in names:
                 proofs.run(op, name, DTYPES["fp16" if small else "bf16"], "cuda")
                 print(op, name, flush=True)
-    sys.stdout.flush()
-    os._exit(0)  # past the timer
 
 
 if __name__ == "__main__":
