@@ -49,9 +49,11 @@ SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)s?(?: 
 
 def jobs(card):
     """Side by side, so that together they take as long as the slowest. What they compile `right` has compiled."""
-    for tool in TOOLS:
-        for group in GROUPS:
-            yield Job(f"{tool}, {group}", {"tool": tool, "group": group, "small": card.small}, 1.0 if card.small else 25.0)
+    return [
+        Job(f"{tool}, {group}", {"tool": tool, "group": group, "small": card.small}, 1.0 if card.small else 25.0)
+        for tool in TOOLS
+        for group in GROUPS
+    ]
 
 
 def executable():
@@ -113,9 +115,11 @@ def show(results, known=()):
         ran = [r for r in mine if r["status"] == "ok"]
         if mine:
             lines.append(f"{tool}: {len(ran)} of {len(mine)} groups without a finding, {sum(r['warnings'] for r in ran)} warnings")
+        out = {}
         for r in mine:
             if r["status"] == "left out":
-                lines.append(f"  {r['group']}: left out: {r['error']}")
+                out.setdefault(r["error"], []).append(r["group"])
+        lines += [f"  left out: {', '.join(groups)}: {error}" for error, groups in out.items()]
     return lines
 
 
