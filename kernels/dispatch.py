@@ -544,6 +544,12 @@ def taped(function, *arguments, **options):
     return result
 
 
+def unread(tensor):
+    """Says that nothing is done with a tensor that was given: else a remembered call leaves none out."""
+    if _own.tape is not None:
+        _own.tape.used.add(_own.tape.numbers.get(id(tensor)))
+
+
 def written(*tensors):
     """Counts a version of the tensors (None is passed over), as torch does of what it writes itself: autograd sees no kernel."""
     taped(_count, *tensors)

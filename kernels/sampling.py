@@ -35,6 +35,7 @@ from .dispatch import (
     remembered,
     taped,
     tl,
+    unread,
     uses_triton,
     written,
 )
@@ -412,7 +413,10 @@ def _choose(logits, ids, ended, finished, ends, state, seen, lengths, temperatur
     if cut:
         distances = fresh(torch.empty((rows, tile.groups + vocabulary), dtype=torch.float32, device=logits.device))
         numbers = fresh(torch.empty((rows, tile.groups + vocabulary), dtype=torch.int32, device=logits.device))
-    written(ids, ended, finished, None if greedy else state, seen, lengths)
+    if greedy:
+        unread(state)
+        state = None
+    written(ids, ended, finished, state, seen, lengths)
     seen, ended, finished = (None if t is None else taped(torch.Tensor.view, t, torch.uint8) for t in (seen, ended, finished))
     launch(
         _choose_kernel,
