@@ -189,6 +189,17 @@ def test_whoever_watches_sees_it():
         k.swiglu(half, x)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_what_only_says_that_it_is_negated(backend, device):
+    """The imaginary part of a conjugate: memory of the other sign, and strides and dtype as of any other tensor."""
+    numbers, up = torch.randn(3, 16, dtype=torch.complex64, device=device), torch.randn(3, 16, device=device)
+    plain, negated = numbers.imag, numbers.conj().imag
+    assert negated.is_neg()
+    with use_backend(backend), torch.no_grad():
+        for gate in (negated, plain, plain, negated, negated):
+            assert torch.allclose(k.swiglu(gate, up), torch.nn.functional.silu(gate) * up, atol=1e-5)
+
+
 @host
 def test_forward_mode_derivatives(monkeypatch):
     """The reference has them; the kernels say that they have none, as a dual tensor looks like any other."""
