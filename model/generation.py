@@ -173,7 +173,8 @@ class Step:
         if self.graphs:
             # Aliases: the memory that a graph reads stays in place during this call, whatever `stream` does to the model.
             self.reads = [t.detach() for t in (*model.tensors(), *cache.k, *cache.v, cache.lengths)]
-            key = (*kind, own, *options.values(), *constants(model), *((t.data_ptr(), t.shape, t.dtype) for t in self.reads))
+            reads = ((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self.reads)
+            key = (*kind, own, *options.values(), *constants(model), *reads)
             slots = cache.steps.pop(key, None)
         slots = slots or Slots(*kind, prompt.device)
         if self.graphs:
