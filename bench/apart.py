@@ -66,9 +66,11 @@ class Worker:
 
     def values(self, function, arguments, limit):
         """Yields what function(*arguments) yields there; raises Died where it does not come to its end, or hangs for limit s."""
+        if self.process is not None and not self.process.is_alive():
+            self.end()  # killed from outside between two jobs: no fault of this one
         if self.process is None:
             self.start()
-        with contextlib.suppress(BrokenPipeError):  # who has died meanwhile says so below
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who has died meanwhile says so below
             self.connection.send((function, arguments))
         while True:
             if not self.connection.poll(limit):

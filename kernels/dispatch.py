@@ -406,8 +406,8 @@ def call(op, function, *arguments):
         return op(*arguments)
     grad = torch.is_grad_enabled()
     for a in arguments:
-        if isinstance(a, torch.Tensor) and ((grad and a.requires_grad) or type(a) not in _PLAIN):
-            return op(*arguments)
+        if isinstance(a, torch.Tensor) and ((grad and a.requires_grad) or type(a) not in _PLAIN or a.is_neg()):
+            return op(*arguments)  # the dispatcher also negates what only says that it is to be: x.conj().imag
     return function(*arguments) if _own.tape is None else _own.tape.call(function, arguments)
 
 
@@ -508,7 +508,7 @@ def _key(given, names):
             kind = type(a)
             if kind in _PLAIN:
                 differentiable = a.requires_grad
-                if differentiable and grad:
+                if (differentiable and grad) or a.is_neg():
                     return None
                 key += (a.shape, a.stride(), a.dtype, a.device, differentiable, a.data_ptr() % 16)
             elif kind in _NUMBERS:

@@ -116,7 +116,9 @@ def own_cache(model, rows, length):
         return
     now = _stream(weight)
     stream, cache = model.kept.pop("cache", (None, None))
-    fits = cache is not None and (stream, cache.batch, cache.k[0].dtype) == (now, rows, weight.dtype)
+    fits = cache is not None and (stream, cache.batch, cache.k[0].dtype, cache.k[0].device) == (
+        now, rows, weight.dtype, weight.device
+    )  # fmt: skip
     if not fits or cache.max_length < length:
         cache = None  # first: its memory may be needed
         unit = max(256, next_power_of_2(length) // 16)
@@ -173,7 +175,8 @@ class Step:
         if self.graphs:
             # Aliases: the memory that a graph reads stays in place during this call, whatever `stream` does to the model.
             self.reads = [t.detach() for t in (*model.tensors(), *cache.k, *cache.v, cache.lengths)]
-            key = (*kind, own, *options.values(), *constants(model), *((t.data_ptr(), t.shape, t.dtype) for t in self.reads))
+            reads = ((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self.reads)
+            key = (*kind, own, *options.values(), *constants(model), *reads)
             slots = cache.steps.pop(key, None)
         slots = slots or Slots(*kind, prompt.device)
         if self.graphs:

@@ -188,6 +188,20 @@ def test_what_is_constant_in_a_graph_is_another_one(model, graphs, monkeypatch):
     assert len(graphs) == 7
 
 
+def test_a_weight_with_other_strides_in_the_same_place(model, graphs):
+    """A square one, transposed: address, shape and dtype are as before."""
+    weight = next(p for n, p in model.named_parameters() if n.endswith("o_proj.weight"))
+    assert weight.shape[0] == weight.shape[1]
+    before = ids(model)
+    weight.data = weight.data.T
+    try:
+        after = ids(model)
+        assert after == plain(model) != before
+        assert len(graphs) == 2
+    finally:
+        weight.data = weight.data.T
+
+
 def test_one_cache_is_kept(model, graphs):
     """With room for more tokens; gone before another is made, and with the model's place, dtype or life."""
     ids(model)

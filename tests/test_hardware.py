@@ -11,7 +11,7 @@ import time
 import jobs
 import pytest
 import torch
-from trillama.bench import apart, hardware
+from trillama.bench import apart, hardware, report
 from trillama.bench.hardware import SECTIONS, Card, safety
 from trillama.bench.hardware import __main__ as command
 
@@ -46,6 +46,33 @@ def test_an_error_costs_its_job_and_not_the_process(worker):
     log = worker.log.read_text()
     assert "a library says something on stdout\n" in log
     assert "and not by Python\n" in log
+
+
+def test_a_kill_between_two_jobs_costs_none(worker):
+    worker(jobs.works)
+    worker.worker.process.kill()
+    worker.worker.process.join()
+    outcome, results = worker(jobs.works, 2)
+    assert outcome == ("ok", None)
+    assert len(results) == 2
+
+
+def test_a_cut_line_is_not_added_to(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"section": "facts", "job": "é", "status": "ok"}\n{"section": "fa', encoding="utf-8")
+    command.Record(tmp_path).add("rows", "job")
+    assert [line["section"] for line in report.load(file)] == ["facts", "rows"]
+
+
+def test_a_full_disk_leaves_the_summary(tmp_path, monkeypatch, capsys):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    record = command.Record(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    record.add("rows", "job", "failed", error="so")
+    assert [line["job"] for line in record.lines] == ["job"]
+    assert "rows: job: not on disk: [Errno 28] No space left on device" in capsys.readouterr().out
 
 
 def test_a_crash_and_a_hang_cost_their_job(worker):

@@ -1,6 +1,7 @@
 """What a call costs on the host: what was done once is not done again, and it is nevertheless the same call."""
 
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -56,6 +57,48 @@ def test_a_remembered_call_is_the_call(op, backend, device):
     assert len(found) == len(expected)
     for a, b in zip(found, expected):
         assert a is b is None or (a.stride() == b.stride() and torch.equal(a, b))
+
+
+
+def elsewhere(t, how):
+    """The same numbers in memory of another kind."""
+    if how == "parameter":
+        return torch.nn.Parameter(t.clone())
+    if how == "every other" and t.dim() > 1:
+        return torch.stack((t, t), -1).flatten(-2)[..., ::2]
+    if how == "8 bytes on":
+        begin = 8 // t.element_size()
+        return torch.cat((t.new_zeros(begin), t.flatten()))[begin:].view(t.shape)
+    if how == "transposed" and t.dim() == 4:
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    return t.clone()
+
+
+@pytest.mark.parametrize("op", [op for op in available() if "int" not in op and "choose_" not in op])
+def test_strides_and_addresses_at_random(op, device):
+    """Calls that differ in how their tensors lie, and in whether one is passed twice, in any order: each as if the first."""
+    dispatch.forget()
+    pick = random.Random(op)
+    ways = ("parameter", "every other", "8 bytes on", "transposed", "plain")
+    for seed in range(8):
+        given = arguments(op, device, "fp32", seed)
+        names = [n for n, t in given.items() if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        hows = {n: pick.choice(ways[n in ("cos", "sin") :]) for n in names if not n.endswith("_cache")}
+        twins = [n for n in names if n != names[0] and given[n].shape == given[names[0]].shape and not n.endswith("_cache")]
+        twin = pick.choice(twins) if twins and pick.random() < 0.3 else None
+
+        def made(given=given, hows=hows, twin=twin, first=names[0]):
+            new = {n: elsewhere(t, hows.get(n)) if isinstance(t, torch.Tensor) else t for n, t in given.items()}
+            return {**new, twin: new[first]} if twin else new
+
+        with observe(lambda *launch: None):  # in full
+            expected = run(op, made())
+        for again in range(2):
+            found = run(op, made())
+            assert len(found) == len(expected)
+            for a, b in zip(found, expected):
+                assert a is b is None or (a.stride() == b.stride() and torch.equal(a, b)), (seed, again, hows, twin)
+    assert sum(map(len, dispatch._memories))
 
 
 host = pytest.mark.host
@@ -187,6 +230,17 @@ def test_whoever_watches_sees_it():
             assert k.swiglu(half, x).dtype == torch.float32
     with pytest.raises(TypeError, match=r"up is torch.float32, expected torch.bfloat16"):
         k.swiglu(half, x)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_what_only_says_that_it_is_negated(backend, device):
+    """The imaginary part of a conjugate: memory of the other sign, and strides and dtype as of any other tensor."""
+    numbers, up = torch.randn(3, 16, dtype=torch.complex64, device=device), torch.randn(3, 16, device=device)
+    plain, negated = numbers.imag, numbers.conj().imag
+    assert negated.is_neg()
+    with use_backend(backend), torch.no_grad():
+        for gate in (negated, plain, plain, negated, negated):
+            assert torch.allclose(k.swiglu(gate, up), torch.nn.functional.silu(gate) * up, atol=1e-5)
 
 
 @host

@@ -53,15 +53,25 @@ class Record:
 
     def __init__(self, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / "results.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - as long as the process
+        self.file = open(folder / "results.jsonl", "a+b")  # noqa: SIM115 - as long as the process
+        self._whole_lines()
         self.lines = []
+
+    def _whole_lines(self):
+        """A run that was killed before may have cut its last line: it goes, or nobody could read what is added to it."""
+        self.file.seek(0)
+        text = self.file.read()
+        self.file.truncate(text.rfind(b"\n") + 1)
 
     def add(self, name, job, status="ok", /, **fields):
         line = {**fields, "section": name, "job": job, "status": status}
         self.lines.append(line)
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:  # a full disk: the summary still has it
+            print(f"  {name}: {job}: not on disk: {error}", flush=True)
         if status != "ok":
             print(f"  {name}: {job}: {status}: {fields.get('error')}", flush=True)
 
@@ -189,8 +199,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     text = summary(plan, record, options.rehearse)
+    print("\n" + text, flush=True)
     (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    print("\n" + text)
     print(f"results: {folder / 'results.jsonl'}")
     return 1 if any(r["status"] not in ("ok", "left out") for r in record.lines) else 0
 
