@@ -86,9 +86,10 @@ def measured():
 
 
 def check(actual, exact, plain=None, fp32=1e-6, eager=None):
-    """Results are at most twice as far from `exact` as `plain`, which is what PyTorch's own operations give in the same dtype on the
-    same machine; float32 results that agree with it to `fp32` will do. Half a unit in the last place is granted to both. eager: where
-    `plain` has float32 inside, what the formula gives in the same dtype throughout; who is at least as near to `exact` will do too."""
+    """Results are at most twice as far from `exact` as `plain`, which is what PyTorch's own operations give in the same dtype on
+    the same machine; float32 results that agree with it to `fp32` will do. Half a unit in the last place is granted to both.
+    eager: where `plain` has float32 inside, what the formula gives in the same dtype throughout; who is at least as near to
+    `exact` will do too."""
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     got, allowed, rule = error(actual, exact), fp32, ""
     if actual.dtype == torch.float32 and plain is not None and got > fp32:
