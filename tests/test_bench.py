@@ -4,12 +4,11 @@ import json
 import math
 import types
 
-import oracle
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from trillama.bench import decode, timing
+from trillama.bench import decode, oracle, timing
 from trillama.kernels import quantized, use_backend
 from trillama.model import Llama, generate, shapes
 
