@@ -93,7 +93,7 @@ def test_calls_are_timed_as_in_a_step(monkeypatch):
 
     monkeypatch.setattr(bench_kernels, "DEVICE", "cpu")
     c = Watched(**vars(case("decode_attention", "SmolLM2-135M", context=64, dtype="fp32")))
-    bench_kernels.test_kernel(Probe(), c)
+    bench_kernels.test_kernel(Probe(), None, c)
     assert called == ["cpu", "cpu"]
     assert getattr(decode._own, "counters", None) is None
 

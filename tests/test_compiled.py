@@ -8,7 +8,6 @@ the oldest and the newest that setup.py promises.
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 
@@ -29,7 +28,7 @@ MATRIX = {  # prefill attention: the widest matrix instruction of the architectu
 }  # fmt: skip
 # Fraction of tensor peak that the unmasked loop of attention reaches at head size 128 if nothing overlaps (bench/LOG.md).
 CEILING = {"sm_80": 0.73, "sm_90": 0.74, "sm_100": 0.57}
-OLD = version("triton").startswith("3.6.")
+OLD = tuning.TRITON < (3, 7)
 if OLD:  # tiles of 32 keys on sm_80; sums on sm_100 that are not made two at a time
     CEILING |= {"sm_80": 0.71, "sm_100": 0.54}
 
