@@ -561,9 +561,9 @@ def _backward(
     delta, lse2 = torch.empty((2, B, Hq, S), dtype=torch.float32, device=q.device)
     launch(
         _delta_kernel,
-        (cdiv(B * Hq * S, 32),),
+        (cdiv(B * Hq * S, 4096 // tuning.block_d(D)),),
         out, dout, lse, None if dlse is None else dlse.contiguous(), delta, lse2, B * Hq * S, S, Hq, out.stride(), dout.stride(),
-        D=D, BLOCK_M=32, BLOCK_D=tuning.block_d(D), num_warps=4,
+        D=D, BLOCK_M=4096 // tuning.block_d(D), BLOCK_D=tuning.block_d(D), num_warps=4,
     )  # fmt: skip
     tile_dq, tile_dkv = tuning.attention_backward(arch, D, q.element_size())
     if need_dq:

@@ -173,15 +173,15 @@ def attention(arch, head_dim, itemsize):
     """The forward pass of attention."""
     if itemsize == 4:
         return Attention(32, 32, 4, 2) if head_dim <= 64 else Attention(32 if head_dim <= 128 else 16, 16, 8, 2)
+    described = arch >= 90 and (arch < 120 or TRITON >= (3, 7))  # Triton 3.6 spills what it makes of them on sm_120
     if head_dim <= 64:
-        return Attention(128, 64, 4, 3, arch >= 90)
+        return Attention(128, 64, 4, 3, described)
     if head_dim <= 128:
         if arch in (90, 100):
             return Attention(128, 128, 8, 2, True)
-        if TRITON < (3, 7):  # 64 keys at a time: ptxas 12.8 has two or three registers too few
-            return Attention(128, 32, 8, 2)
-        return Attention(128, 64, 8, 2, arch >= 90)
-    return Attention(64, 32, 4, 2, True) if arch >= 90 else Attention(64, 16, 4, 2)
+        # 64 keys at a time, ptxas 12.8 has two or three registers too few
+        return Attention(128, 32, 8, 2) if TRITON < (3, 7) else Attention(128, 64, 8, 2, described)
+    return Attention(64, 32, 4, 2, True) if described else Attention(64, 16, 4, 2)
 
 
 @tunable
