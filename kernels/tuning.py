@@ -70,6 +70,8 @@ def rows(n, itemsize, tensors=1):
     if block_n > widest:  # a held row would spill
         return Rows(1, 8192 if tensors == 1 else 4096, 8)
     warps = max(1, min(32, block_n // (32 * per_thread)))
+    if (block_n, itemsize, tensors) == (8192, 4, 1):  # of 16 warps ptxas makes three programs a multiprocessor, and spills for it
+        warps = 32
     if warps >= 4:
         return Rows(1, block_n, warps)
     return Rows(max(1, 4 * 32 * per_thread // block_n), block_n, 4)
