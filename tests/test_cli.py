@@ -377,6 +377,7 @@ def test_doctor_knows_every_op():
 
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("trillama::")}
     forward = {name.split(".")[0] for name in registered if "_backward" not in name}
+    forward -= {"flash_attn_with_kvcache", "packed_attention"}  # the adapters', where another test has imported them
     assert set(check.ops()) == OPS
     assert forward | {"flash_attention_varlen"} == OPS
     for op in OPS:
