@@ -22,7 +22,7 @@ from ..model.llama import unpacked
 from ..model.parallel import ranks
 from ..model.shapes import SHAPES, config
 from . import cache_study
-from .roofline import GPUS
+from .roofline import datasheet
 from .timing import copy_bandwidth
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,14 +58,6 @@ def streaming_bandwidth(device, size=1 << 28):
         x.sum()
         best = min(best, time.perf_counter() - start)
     return x.nbytes / best
-
-
-def datasheet(name):
-    """The GPU of roofline.GPUS with the name that torch gives a device, or None: a chip is also on cards with slower memory."""
-    words = set(name.replace("-", " ").split())
-    if words & {"PCIe", "NVL", "40GB", "Laptop"}:
-        return None
-    return next((gpu for known, gpu in GPUS.items() if words >= set(known.split())), None)
 
 
 # --- the two engines -------------------------------------------------------------------------------------------------

@@ -37,6 +37,14 @@ GPUS = {
 }
 
 
+def datasheet(name):
+    """The GPU of GPUS with the name that torch gives a device, or None: a chip is also on cards with slower memory."""
+    words = set(name.replace("-", " ").split())
+    if words & {"PCIe", "NVL", "40GB", "Laptop"}:
+        return None
+    return next((gpu for known, gpu in GPUS.items() if words >= set(known.split())), None)
+
+
 def bound(gpu, moved, flops=0, itemsize=2):
     """Seconds that `moved` bytes and `flops` FLOP take at least on the GPU of that name, if one hides behind the other."""
     peak = GPUS[gpu]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.decode import counters
+from .apart import one_line
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _replayed(runs, stream, rounds):
         with torch.cuda.graph(graph, stream=stream):
             kept = [run() for run in runs]  # so that no output takes the place of another, warm in the cache
     except Exception as error:  # an engine whose host code waits for the device cannot be captured
-        Captures.broken = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        Captures.broken = one_line(error)
         return None, Captures.broken
     graph.replay()
     times = [_between([graph.replay] * max(1, rounds // 3), stream) / max(1, rounds // 3) for _ in range(5)]

@@ -9,6 +9,7 @@ import time
 import torch
 
 from .. import decode, peers, plots, timing
+from ..apart import one_line
 from ..cases import MODELS, Model
 from . import Job, facts
 
@@ -122,7 +123,7 @@ class Ours:
         try:
             self.step(self.cache.filled)
         except Exception as error:  # in most cases the capture, after which this process can do no other
-            timing.Captures.broken = f"{type(error).__name__}: {error}".splitlines()[0]
+            timing.Captures.broken = one_line(error)
             raise
 
 

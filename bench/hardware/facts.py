@@ -80,8 +80,7 @@ def ceilings(results):
 
 def datasheet(results):
     """The roofline.GPU of the card, or None."""
-    name = next((r["gpu"] for r in results if "gpu" in r), "")
-    return next((gpu for key, gpu in roofline.GPUS.items() if key in name), None)
+    return roofline.datasheet(next((r["gpu"] for r in results if "gpu" in r), ""))
 
 
 def rehearsed(results):

@@ -14,6 +14,7 @@ from ...kernels import decode_attention, reference, use_backend
 from ...kernels.dispatch import dependent_launch
 from ...model import KVCache, Llama, generate, generation
 from .. import oracle, proofs
+from ..apart import one_line
 from ..cases import DTYPES, Model
 from . import Job
 
@@ -164,10 +165,10 @@ def verdict(op, case, dtype, prove, border=BORDER):
             with proofs.poisoned(border) if border else contextlib.nullcontext():
                 prove()
         except torch.cuda.OutOfMemoryError as error:
-            result |= {"status": "out of memory", "error": f"{case}: {_first_line(error)}"}
+            result |= {"status": "out of memory", "error": f"{case}: {one_line(error)}"}
         except Exception as error:
             traceback.print_exc()
-            text = str(error).strip() if isinstance(error, AssertionError) else _first_line(error)
+            text = str(error).strip() if isinstance(error, AssertionError) else one_line(error)
             text = text or traceback.extract_tb(error.__traceback__)[-1].line  # of a bare assertion
             result |= {"status": "failed", "error": f"{case}, {dtype}: {text}"[:400]}
     if found:
@@ -175,11 +176,6 @@ def verdict(op, case, dtype, prove, border=BORDER):
         result |= {"wrong": wrong if wrong < math.inf else None, "allowed": allowed}  # None: NaN, or infinite where it must not be
     yield {**result, "seconds": round(time.monotonic() - start, 3)}
     torch.cuda.synchronize()  # raises where the device is lost
-
-
-def _first_line(error):
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def ops(op, dtype, names):
