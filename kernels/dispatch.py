@@ -462,15 +462,15 @@ def remembered(function):
         key = _key(given, named)
         known = calls.get(key)
         if known is not None:
-            answers, steps, result = known
+            answers, kept, steps, result = known
             for question, answer in answers:
                 if question() != answer:
                     break
             else:
-                tensors = [*given]
+                values = [*given, *kept]
                 for step in steps:
-                    step(tensors)
-                return result(tensors)
+                    step(values)
+                return result(values)
         if key is None:
             return function(*arguments, **named)
         outer, tape = _own.tape, _Tape(given)
@@ -483,7 +483,7 @@ def remembered(function):
         if give is not None and tape.all_used():
             if len(calls) >= MOST:
                 calls.clear()
-            calls[key] = [*tape.answers.items()], tape.steps, give
+            calls[key] = [*tape.answers.items()], tape.kept(), tape.steps, give
         return result
 
     return wrapper
@@ -507,10 +507,17 @@ def _key(given, names):
         for a in given:
             kind = type(a)
             if kind in _PLAIN:
-                differentiable = a.requires_grad
-                if (differentiable and grad) or a.is_neg():
+                key += (a.shape, a.dtype, a.device)
+                if not a.is_contiguous():
+                    key.append(a.stride())
+                if a.requires_grad:
+                    if grad:
+                        return None
+                    key.append("requires grad")
+                if a.is_neg():
                     return None
-                key += (a.shape, a.stride(), a.dtype, a.device, differentiable, a.data_ptr() % 16)
+                if a.data_ptr() % 16:
+                    key.append("unaligned")
             elif kind in _NUMBERS:
                 key += (kind, a)
             elif kind is tuple and all(type(n) in _NUMBERS for n in a):
@@ -547,16 +554,16 @@ def taped(function, *arguments, **options):
 def unread(tensor):
     """Says that nothing is done with a tensor that was given: else a remembered call leaves none out."""
     if _own.tape is not None:
-        _own.tape.used.add(_own.tape.numbers.get(id(tensor)))
+        _own.tape.used.add(_own.tape.places.get(id(tensor)))
 
 
 def written(*tensors):
     """Counts a version of the tensors (None is passed over), as torch does of what it writes itself: autograd sees no kernel."""
-    taped(_count, *tensors)
+    taped(_count, *(t for t in tensors if t is not None))
 
 
 def _count(*tensors):
-    torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def fresh(tensor):
@@ -567,65 +574,75 @@ def fresh(tensor):
 
 
 class _Tape:
-    """What a call did, as steps on a list of tensors: at first those given, to which every step appends what it makes."""
+    """What a call did, as steps on a list of values: those given, the constants, and places for what the steps make."""
 
     def __init__(self, given):
         self.answers, self.steps = {}, []
-        self.tensors = [*given]  # kept for as long as they are known by their ids
-        self.numbers = {id(t): number for number, t in enumerate(given) if isinstance(t, torch.Tensor)}
-        self.clear = len(self.numbers) == sum(isinstance(t, torch.Tensor) for t in given)  # where every tensor comes from
-        self.given, self.used = len(given), set()
+        self.values = [*given]  # tensors are kept for as long as they are known by their ids
+        self.places = {id(t): place for place, t in enumerate(given) if isinstance(t, torch.Tensor)}
+        self.clear = len(self.places) == sum(isinstance(t, torch.Tensor) for t in given)  # where every tensor comes from
+        self.given, self.used, self.own = len(given), set(), set()  # own: places of what torch allocates for the call
 
-    def _places(self, arguments):
-        """(the arguments without tensors, [(place, number) of the tensors])"""
-        template, places = list(arguments), []
-        for place, a in enumerate(arguments):
-            if isinstance(a, torch.Tensor):
-                template[place] = None
-                places.append((place, self.numbers.get(id(a))))
-        self.clear = self.clear and all(number is not None for _, number in places)
-        self.used.update(number for _, number in places)
-        return template, places
+    def kept(self):
+        """What stands behind the values given, before the steps: no tensor is held."""
+        return [None if isinstance(value, torch.Tensor) else value for value in self.values[self.given :]]
+
+    def _add(self, value):
+        """The place of a constant, or of what a step makes."""
+        if isinstance(value, torch.Tensor):
+            self.places[id(value)] = len(self.values)
+        self.values.append(value)
+        return len(self.values) - 1
+
+    def _gatherer(self, arguments):
+        """(what picks these arguments from the values, their places)"""
+        places = []
+        for a in arguments:
+            if not isinstance(a, torch.Tensor):
+                places.append(self._add(a))
+            elif id(a) in self.places:
+                places.append(self.places[id(a)])
+            else:
+                self.clear = False
+                places.append(self._add(None))
+        self.used.update(places)
+        if len(places) == 1:
+            return lambda values: (values[places[0]],), places
+        return operator.itemgetter(*places) if places else lambda values: (), places
 
     def step(self, function, arguments, options, result):
-        template, places = self._places(arguments)
-        several = isinstance(result, tuple)
+        gather, _ = self._gatherer(arguments)
+        if isinstance(result, tuple):
+            made = slice(len(self.values), len(self.values) + len(result))
+            for t in result:
+                self._add(t)
+        else:
+            made = self._add(result)
 
-        def step(tensors):
-            filled = template.copy()
-            for place, number in places:
-                filled[place] = tensors[number]
-            result = function(*filled, **options)
-            if several:
-                tensors.extend(result)
-            else:
-                tensors.append(result)
+        def step(values):
+            values[made] = function(*gather(values), **options)
 
-        for t in result if several else (result,):
-            self._add(t)
         self.steps.append(step)
 
     def fresh(self, tensor):
-        shape, strides, dtype, device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        place, shape, strides = self._add(tensor), tensor.shape, tensor.stride()
+        with torch.inference_mode(False):  # a method of a tensor takes a third less time than torch.empty_strided
+            make = torch.empty(0, dtype=tensor.dtype, device=tensor.device).new_empty_strided
 
-        def step(tensors):
-            tensors.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
+        def step(values):
+            values[place] = make(shape, strides)
 
-        self._add(tensor)
         self.steps.append(step)
-
-    def _add(self, tensor):
-        self.numbers[id(tensor)] = len(self.tensors)
-        self.tensors.append(tensor)
+        self.own.add(place)
 
     def call(self, function, arguments):
         """function(*arguments), noted as the launches it makes, or as one step where they are not all there is to it."""
-        before, steps, tensors = (dict(self.numbers), self.used.copy(), self.clear), len(self.steps), len(self.tensors)
+        before, steps, values = (dict(self.places), self.used.copy(), self.clear), len(self.steps), len(self.values)
         self.launched = False
         result = function(*arguments)
         if not self.launched or self.finder(result) is None:
-            self.numbers, self.used, self.clear = before
-            del self.steps[steps:], self.tensors[tensors:]
+            self.places, self.used, self.clear = before
+            del self.steps[steps:], self.values[values:]
             self.step(function, arguments, {}, result)
         return result
 
@@ -636,23 +653,21 @@ class _Tape:
             return
         asked(_driver)
         asked(_knobs)
-        bound = [*arguments, *(options[name] for name in kernel.arg_names[len(arguments) :])]
-        template, places = self._places(bound)
-        made = [number for _, number in places if number is not None and number >= self.given]
-        aligned = [(number, self.tensors[number].data_ptr() % 16 == 0) for number in made]  # of those given, the key says it
+        gather, places = self._gatherer([*arguments, *(options[name] for name in kernel.arg_names[len(arguments) :])])
+        # Of what was given the key says how it is aligned, and what torch allocates is; a view made on the way need not be.
+        views = [p for p in places if p >= self.given and p not in self.own and isinstance(self.values[p], torch.Tensor)]
+        aligned = [(p, self.values[p].data_ptr() % 16 == 0) for p in views]
         run = compiled[(*grid, 1, 1)[:3]]
         anew = functools.partial(kernel[grid], **{n: o for n, o in options.items() if n not in kernel.arg_names})
         needs_scratch = compiled.metadata.global_scratch_size
         index = arguments[0].device.index if arguments[0].is_cuda else None
 
-        def step(tensors):
-            filled = template.copy()
-            for place, number in places:
-                filled[place] = tensors[number]
-            usual = not kernel.pre_run_hooks
-            for number, answer in aligned:
-                usual = usual and (tensors[number].data_ptr() % 16 == 0) == answer
-            now = run if usual else anew
+        def step(values):
+            now = anew if kernel.pre_run_hooks else run
+            for place, answer in aligned:
+                if (values[place].data_ptr() % 16 == 0) != answer:
+                    now = anew
+            filled = gather(values)
             if needs_scratch or (index is not None and index != torch.cuda.current_device()):
                 with scratch(filled[0]), _current(filled[0].device):
                     now(*filled)
@@ -664,17 +679,17 @@ class _Tape:
 
     def all_used(self):
         """Whether the steps take every tensor given: of others, as of a number in a tensor, the value may have mattered."""
-        return all(n in self.used for n, t in enumerate(self.tensors[: self.given]) if isinstance(t, torch.Tensor))
+        return all(p in self.used for p, t in enumerate(self.values[: self.given]) if isinstance(t, torch.Tensor))
 
     def finder(self, result):
-        """What finds the result among the tensors, or None where the steps do not lead there."""
+        """What finds the result among the values, or None where the steps do not lead there."""
         if result is None:
             return _nowhere if self.clear else None
-        numbers = [self.numbers.get(id(t)) for t in (result if isinstance(result, tuple) else (result,))]
-        return operator.itemgetter(*numbers) if self.clear and None not in numbers else None
+        places = [self.places.get(id(t)) for t in (result if isinstance(result, tuple) else (result,))]
+        return operator.itemgetter(*places) if self.clear and None not in places else None
 
 
-def _nowhere(tensors):
+def _nowhere(values):
     return None
 
 

@@ -19,6 +19,7 @@ from .dispatch import (
     WIDEN,
     architecture,
     await_inputs,
+    backend,
     call,
     cdiv,
     check,
@@ -301,10 +302,10 @@ def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=N
     """
     if not isinstance(weight, QuantizedWeight):
         return _call(x, weight, None, None, norm, eps, residual, activation, bias)
-    if torch.compiler.is_compiling() or (isinstance(x, torch.Tensor) and uses_triton(x)):
-        return _call(x, weight.data, weight.scale, weight.minimum, norm, eps, residual, activation, bias)
-    _check(x, weight, norm, residual, activation, bias)  # the reference takes the object itself, which remembers its packed form
-    return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
+    if weight.data.is_cpu and not torch.compiler.is_compiling() and backend() != "triton":
+        _check(x, weight, norm, residual, activation, bias)  # the reference takes the object, which remembers its form for CPUs
+        return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
+    return _call(x, weight.data, weight.scale, weight.minimum, norm, eps, residual, activation, bias)
 
 
 @remembered

@@ -61,19 +61,21 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, casting="llama"):
 def rows_of(cos, sin, positions, x):
     """The rows `positions` ([S], [B, S] or None) of the tables [P, R/2], for x [B, H, S, D]; negative positions are refused."""
     if positions is None:
-        positions = torch.arange(x.shape[2], device=x.device)
+        return [table[: x.shape[2]].to(wide(x.dtype)) for table in (cos, sin)]
     return [F.embedding(positions, table).to(wide(x.dtype)).unsqueeze(-3) for table in (cos, sin)]
 
 
 def rotate(x, cos, sin, interleaved):
     """x [B, H, S, D] turned by angles [(B, 1,) S, R/2]; the last D - R elements pass through."""
-    half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half].to(cos.dtype), x[..., 2 * half :]
-    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.split(half, -1)
+    half, rest = cos.shape[-1], None
+    turned = x.to(cos.dtype)
+    if x.shape[-1] > 2 * half:
+        turned, rest = turned[..., : 2 * half], x[..., 2 * half :]
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
     pairs = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
     turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
     turned = turned.to(x.dtype)
-    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+    return turned if rest is None else torch.cat((turned, rest), -1)
 
 
 def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):

@@ -174,7 +174,7 @@ def _penalised(logits_ptr, seen_ptr, id, inside, penalty):
     """The logits of some ids in float32, -inf outside."""
     x = tl.load(logits_ptr + id, inside, other=float("-inf")).to(tl.float32)
     if seen_ptr is not None:
-        seen = tl.load(seen_ptr + id, inside, other=0) != 0
+        seen = tl.load(seen_ptr + id, inside, other=0)
         penalty = tl.cast(penalty, tl.float32)
         x = tl.where(seen, tl.where(x < 0, x * penalty, tl.div_rn(x, tl.zeros_like(x) + penalty)), x)
     return x
@@ -358,7 +358,7 @@ def _choose_kernel(
             )  # fmt: skip
         chosen = tl.minimum(chosen, VOCABULARY - 1).to(tl.int64)  # whatever NaN does: what is written is an id
 
-        ended = tl.load(ended_ptr + row) != 0
+        ended = tl.load(ended_ptr + row)
         chosen = tl.where(ended, tl.load(ids_ptr + row), chosen)
         if ENDS > 0:
             e = tl.arange(0, BLOCK_ENDS)
@@ -368,21 +368,21 @@ def _choose_kernel(
             state = tl.load(state_ptr + row)
         tl.debug_barrier()  # one thread stores what all have loaded
         tl.store(ids_ptr + row, chosen)
-        tl.store(ended_ptr + row, ended.to(tl.uint8))
+        tl.store(ended_ptr + row, ended)
         if not GREEDY:
             tl.store(state_ptr + row, (state.to(tl.uint64, bitcast=True) + tl.cast(_GOLDEN, tl.uint64)).to(tl.int64, bitcast=True))
         if seen_ptr is not None:
-            tl.store(seen_ptr + chosen, tl.cast(1, tl.uint8))
+            tl.store(seen_ptr + chosen, True)
         if lengths_ptr is not None:
             tl.store(lengths_ptr + row, 0, ended)
         tl.debug_barrier()
         if tl.atomic_add(counter_ptr + rows, 1, sem="acq_rel") == rows - 1:
             tl.store(counter_ptr + rows, 0)
-            finished = tl.full((_LANES,), 1, tl.uint8)
+            finished = tl.full((_LANES,), True, tl.int1)
             for start in range(0, rows, _LANES):
                 r = start + tl.arange(0, _LANES)
                 finished &= tl.load(ended_ptr + r, r < rows, other=1, cache_modifier=".cg")
-            tl.store(finished_ptr, tl.min(finished.to(tl.int32), 0).to(tl.uint8))
+            tl.store(finished_ptr, tl.min(finished.to(tl.int32), 0) == 1)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -417,7 +417,6 @@ def _choose(logits, ids, ended, finished, ends, state, seen, lengths, temperatur
         unread(state)
         state = None
     written(ids, ended, finished, state, seen, lengths)
-    seen, ended, finished = (None if t is None else taped(torch.Tensor.view, t, torch.uint8) for t in (seen, ended, finished))
     launch(
         _choose_kernel,
         (cdiv(vocabulary, tile.block), rows),
