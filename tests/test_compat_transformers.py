@@ -238,6 +238,9 @@ def losses(model, steps, batches, forward=None, **arguments):
 def test_fifty_steps_of_training(mode):
     theirs, ours = (m.train() for m in models("llama", initializer_range=0.1))
     batches = [{"input_ids": tokens(4, 16)} for _ in range(4)]
+    if mode == "compile" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
+        # Dynamo cannot see into a mask function that holds a tensor, which is what transformers makes of position_ids alone
+        batches = [{**batch, "attention_mask": torch.ones(4, 16, dtype=torch.int64)} for batch in batches]
     want = losses(theirs, 50, batches)
     if mode == "checkpointing":
         ours.gradient_checkpointing_enable({"use_reentrant": False})

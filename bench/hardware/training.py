@@ -74,7 +74,7 @@ def training(engine, layers, batch, tokens, small):
     model.train()
     ids = torch.randint(0, config.vocab_size, (batch, tokens), device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    # In parts: torch 2.11 cannot trace how our adapter reads transformers' mask functions.
+    # In parts: torch 2.11 cannot trace how our adapter reads the mask functions that transformers makes of positions.
     forward = peers.compiled(model, fullgraph=False) if compiled else model
 
     def step():
