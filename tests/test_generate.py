@@ -53,7 +53,8 @@ def test_greedy_is_transformers(family):
     ours.load_state_dict(theirs.state_dict())
     for prompt, penalty in zip(PROMPTS, (None, 1.3, None, 0.9)):
         ids = torch.tensor([prompt])
-        wanted = theirs.generate(ids, max_new_tokens=25, do_sample=False, repetition_penalty=penalty)
+        # Without a cache: transformers 5.17 loses all but the last token where a cached Phi-3 changes to its long factors.
+        wanted = theirs.generate(ids, max_new_tokens=25, do_sample=False, repetition_penalty=penalty, use_cache=False)
         got = generate(ours, ids, max_new_tokens=25, repetition_penalty=penalty)
         assert got.tolist() == wanted[:, len(prompt) :].tolist()
         assert len(set(got[0].tolist())) > 3
