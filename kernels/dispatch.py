@@ -648,8 +648,8 @@ class _Tape:
 
     def launch(self, compiled, kernel, grid, arguments, options):
         """The launch of the compiled kernel, as `kernel[grid]` gave it: all parameters by position, constants too."""
-        if not isinstance(compiled, triton.compiler.CompiledKernel):  # there is none in the interpreter
-            self.clear = False
+        if torch.version.hip is not None or not isinstance(compiled, triton.compiler.CompiledKernel):
+            self.clear = False  # AMD's code also depends on how large storages are; the interpreter has none
             return
         asked(_driver)
         asked(_knobs)
