@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +47,60 @@ def test_an_error_costs_its_job_and_not_the_process(worker):
     log = worker.log.read_text()
     assert "a library says something on stdout\n" in log
     assert "and not by Python\n" in log
+
+
+def test_a_process_that_cannot_be_started_costs_its_job(worker, monkeypatch):
+    """No memory for a fork, no file handles, no server to fork from."""
+    from multiprocessing.process import BaseProcess
+
+    for error in (BlockingIOError(11, "Resource temporarily unavailable"), MemoryError(), EOFError("unexpected EOF")):
+
+        def start(process, error=error):
+            raise error
+
+        monkeypatch.setattr(BaseProcess, "start", start)
+        status, said = worker(jobs.works)[0]
+        assert status == "crashed"
+        assert said.startswith(f"no process could be started: {type(error).__name__}")
+        monkeypatch.undo()
+        assert worker(jobs.works, 2)[0] == ("ok", None)
+        worker.worker.end()
+    with pytest.raises(apart.Died, match="no process could be started: OSError: no handles"):
+        monkeypatch.setattr(apart, "_context", lambda: (_ for _ in ()).throw(OSError("no handles")))
+        list(apart.apart(jobs.works))
+
+
+def test_the_server_that_forks_may_be_killed(worker):
+    from multiprocessing.forkserver import _forkserver
+
+    worker(jobs.works)
+    os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
+    outcome, results = worker(jobs.works, 2)
+    assert outcome == ("ok", None) or outcome[0] == "crashed"
+    worker.worker.end()
+    assert worker(jobs.works, 2)[0] == ("ok", None)
+
+
+def test_an_error_on_this_side_costs_the_job(worker):
+    def note(value):
+        raise TypeError("Object of type Tensor is not JSON serializable")
+
+    assert worker.worker.do(jobs.works, (), 120, note) == ("failed", "TypeError: Object of type Tensor is not JSON serializable")
+    assert worker(jobs.works, 2)[0] == ("ok", None)
+
+
+def test_a_job_of_many_results_ends_in_time(worker):
+    """Each comes soon enough, all of them do not."""
+    worker(jobs.works)
+    results, start = [], time.monotonic()
+    outcome = worker.worker.do(jobs.slow, (100, 0.2), 60, results.append, until=start + 2)
+    assert outcome == ("left out", "no time was left for its end")
+    assert 0 < len(results) < 20
+    assert time.monotonic() - start < 30
+
+
+def test_a_worker_compiles_on_one_core(worker):
+    assert worker(jobs.threads)[1] == [{"i": 1}]
 
 
 def test_a_kill_between_two_jobs_costs_none(worker):
@@ -95,6 +150,38 @@ def test_a_device_that_is_lost_gets_a_new_process(worker):
     assert worker(jobs.poisons) == (("ok", "RuntimeError: CUDA error: an illegal memory access was encountered"), [{"i": 0}])
     assert worker.worker.process is None
     assert worker(jobs.works)[0] == ("ok", None)
+
+
+def test_a_capture_that_failed_unseen(worker):
+    """torch.compile's, or one within a case of `right`: what is behind it would fail, or prove nothing."""
+    status, error = worker(jobs.captures_elsewhere)[0]
+    assert status == "failed"
+    assert "operation not permitted when stream is capturing" in error
+    assert worker.worker.process is None
+    (status, error), results = worker(jobs.proves)
+    assert [(r["case"], r.get("status")) for r in results] == [("wrong", "failed"), ("breaks", "failed")]
+    assert status == "failed"
+    assert "after a capture that failed" in error
+    assert worker.worker.process is None
+    assert worker(jobs.works)[0] == ("ok", None)
+
+
+def test_an_interruption_side_by_side_leaves_nobody_and_blames_nobody(tmp_path):
+    ends, pids = [], []
+
+    def note(key, value):
+        pids.append(value["pid"])
+        signal.raise_signal(signal.SIGINT) if len(pids) == 2 else None
+
+    tasks = [(i, jobs.lingers, (), 30) for i in range(4)]
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        apart.side_by_side(tasks, 2, tmp_path / "log.txt", True, start + 300, note, lambda *end: ends.append(end))
+    assert ends == []
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_side_by_side(tmp_path):
