@@ -8,7 +8,7 @@ import contextlib
 import functools
 import gc
 import math
-import multiprocessing
+import multiprocessing.process
 import os
 import queue
 import signal
@@ -29,13 +29,13 @@ class Died(RuntimeError):
         self.status = status
 
 
-def apart(function, *arguments, limit=60.0):
+def apart(function, *arguments, limit=60.0, rehearse=False):
     """Yields what the generator `function(*arguments)` yields, from a process of its own, which ends with it.
 
     The function is importable, arguments and values can be pickled. Raises Died where the function raises, where its process ends
     before it, and where `limit` seconds go by without a value.
     """
-    worker = Worker()
+    worker = Worker(rehearse=rehearse)
     try:
         yield from worker.values(function, arguments, limit)
     finally:
@@ -140,7 +140,9 @@ class Worker:
         self.kill()
         if self.process is not None:
             process, self.process = self.process, None
-            process.join(10)  # one that waits for a GPU may outlive even that
+            process.join(10)
+            if process.exitcode is None:  # one that waits for a GPU may outlive even that: Python would wait for it at its own end
+                multiprocessing.process._children.discard(process)
         if self.connection is not None:
             self.connection.close()
             self.connection = None
@@ -152,8 +154,8 @@ class Worker:
 
 def side_by_side(tasks, workers, log, rehearse, until, note, end):
     """Does tasks (key, function, arguments, limit) on so many workers. note(key, value), end(key, status, error, seconds): called
-    for each, one at a time. What has not begun by `until` (time.monotonic) is "left out", as is the rest of what goes on 10 s later.
-    An exception here, such as an interruption, ends all of it: nothing is noted any more."""
+    for each, one at a time. What has not begun by `until` (time.monotonic) is "left out", as is the rest of what goes on 10 s
+    later. An exception here, such as an interruption, ends all of it: nothing is noted any more."""
     waiting, lock, over = queue.SimpleQueue(), threading.Lock(), threading.Event()
     for task in tasks:
         waiting.put(task)
@@ -189,10 +191,12 @@ def side_by_side(tasks, workers, log, rehearse, until, note, end):
     finally:
         with lock:
             over.set()
-        for worker, thread in zip(crew, threads):
+        for worker in crew:
             worker.kill()
+        patience = time.monotonic() + 5
+        for thread in threads:
             if thread.ident is not None:
-                thread.join(15)
+                thread.join(max(0, patience - time.monotonic()))
 
 
 # Starting a process looks after all that have ended, and takes from them the status that their own thread waits for.

@@ -1,5 +1,6 @@
 """`python -m trillama.bench.hardware`: what goes wrong costs itself only and is written down; the whole of it, rehearsed."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -75,7 +76,7 @@ def test_the_server_that_forks_may_be_killed(worker):
 
     worker(jobs.works)
     os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
-    outcome, results = worker(jobs.works, 2)
+    outcome, _ = worker(jobs.works, 2)
     assert outcome == ("ok", None) or outcome[0] == "crashed"
     worker.worker.end()
     assert worker(jobs.works, 2)[0] == ("ok", None)
@@ -112,11 +113,19 @@ def test_a_kill_between_two_jobs_costs_none(worker):
     assert len(results) == 2
 
 
-def test_a_cut_line_is_not_added_to(tmp_path):
+def test_runs_into_one_folder_do_not_mix(tmp_path):
+    """Nor where the one before was killed in the middle of a line, or had only begun."""
     file = tmp_path / "results.jsonl"
-    file.write_text('{"section": "facts", "job": "é", "status": "ok"}\n{"section": "fa', encoding="utf-8")
-    command.Record(tmp_path).add("rows", "job")
-    assert [line["section"] for line in report.load(file)] == ["facts", "rows"]
+    text = '{"section": "facts", "job": "é", "status": "ok"}\n{"section": "fa'
+    file.write_text(text, encoding="utf-8")
+    (tmp_path / "log-2.txt").write_text("of another")
+    records = [command.Record(tmp_path) for _ in range(2)]
+    for record, number in zip(records, (3, 4)):
+        record.add("rows", f"job {number}")
+        assert record.results.name == f"results-{number}.jsonl"
+        assert (record.log.name, record.summary.name) == (f"log-{number}.txt", f"summary-{number}.txt")
+        assert [line["job"] for line in report.load(record.results)] == [f"job {number}"]
+    assert file.read_text(encoding="utf-8") == text
 
 
 def test_a_full_disk_leaves_the_summary(tmp_path, monkeypatch, capsys):
@@ -196,6 +205,162 @@ def test_side_by_side(tmp_path):
     late = time.monotonic() - 1
     apart.side_by_side(tasks, 2, tmp_path / "log.txt", True, late, None, lambda key, status, *_: ends.update({key: status}))
     assert set(ends.values()) == {"left out"}
+
+
+def test_what_cannot_be_ended_is_not_waited_for(worker, monkeypatch):
+    """A process that waits for a GPU outlives SIGKILL; Python would wait for it at its own end."""
+    import multiprocessing
+
+    worker(jobs.works)
+    process = worker.worker.process
+    monkeypatch.setattr(worker.worker, "kill", lambda: None)
+    monkeypatch.setattr(type(process), "join", lambda process, timeout: None)
+    worker.worker.end()
+    assert process not in multiprocessing.active_children()
+    monkeypatch.undo()
+    os.kill(process.pid, signal.SIGKILL)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(monkeypatch, tmp_path):
+    """The command as on a GPU, whose jobs do what `job(key)` does, in this process: (exit status, lines, summary)."""
+    asked = []
+
+    class Worker:
+        def __init__(self, log, rehearse):
+            pass
+
+        def do(self, function, arguments, limit, note, until):
+            asked.append((arguments[1], limit, until))
+            for value in begun.job(arguments[0]):
+                note(value)
+            return "ok", None
+
+        def end(self):
+            pass
+
+    def side_by_side(tasks, workers, log, rehearse, until, note, end):
+        for key, _, (_, action, _), limit in tasks:
+            asked.append((action, limit, until))
+            for value in begun.job(key[0]) if action == "run" else ():
+                note(key, value)
+            end(key, *(begun.warm if action == "warm" else ("ok", None)), 1.0)
+
+    def begun(*options):
+        status = command.main(["--out", str(tmp_path), *options])
+        return status, report.load(tmp_path / "results.jsonl"), (tmp_path / "summary.txt").read_text()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "apart", lambda *_, **__: iter([Card("H100", 90, 78 << 30)]))
+    monkeypatch.setattr(command, "Worker", Worker)
+    monkeypatch.setattr(command, "side_by_side", side_by_side)
+    begun.job, begun.warm, begun.asked = lambda name: [{"i": 1}], ("ok", None), asked
+    return begun
+
+
+def test_compiling_leaves_time_to_measure(begun, tmp_path):
+    """What was not compiled beforehand has the time to compile as it runs, and is left out by nobody."""
+    options = "--only", "training", "--minutes", "5"
+    start = time.monotonic()
+    begun.warm = ("left out", "no time was left")
+    status, lines, _ = begun(*options)
+    assert status == 0
+    assert {line["status"] for line in lines} == {"ok"}
+    warms = [(limit, until - start) for action, limit, until in begun.asked if action == "warm"]
+    assert all(100 < seconds < 170 for _, seconds in warms)
+    cold = [limit for action, limit, _ in begun.asked if action == "run"]
+    begun.asked.clear()
+    begun.warm = ("ok", None)
+    command.main([*options, "--out", str(tmp_path / "again")])
+    warm = [limit for action, limit, _ in begun.asked if action == "run"]
+    assert sum(a > b for a, b in zip(cold, warm, strict=True)) == len(warms) > 2
+
+
+def test_a_job_without_a_result_has_failed(begun):
+    begun.job = lambda name: []
+    status, lines, _ = begun("--only", "training")
+    assert status == 1
+    assert {(line["status"], line["error"]) for line in lines} == {("failed", "it gave no result")}
+
+
+def test_a_section_that_cannot_begin_or_be_shown_costs_itself(begun, monkeypatch, tmp_path):
+    from trillama.bench.hardware import rows, training
+
+    def broken(*_):
+        raise ImportError("no such module\nand more")
+
+    monkeypatch.setattr(training, "jobs", broken)
+    status, lines, text = begun("--only", "training", "rows")
+    assert status == 1
+    assert [(line["job"], line["error"]) for line in lines if line["section"] == "training"] == [
+        ("all", "ImportError: no such module")
+    ]
+    assert len(lines) == 1 + len(rows.jobs(Card("H100", 90, 78 << 30)))
+    assert "training: all: failed: ImportError: no such module" in text
+    monkeypatch.setattr(rows, "show", broken)
+    record = command.Record(tmp_path / "again")
+    record.add("rows", "x", "failed", error="so")
+    text = command.summary({"rows": []}, record, False)
+    assert "no table: ImportError: no such module" in text
+    assert "rows: x: failed: so" in text
+
+
+def test_an_error_of_the_command_leaves_the_summary(begun):
+    def job(name):
+        raise AttributeError("a bug")
+
+    begun.job = job
+    status, _, text = begun("--only", "facts")
+    assert status == 1
+    assert "facts: the run: failed: AttributeError: a bug" in text
+
+
+def test_a_gpu_that_does_not_answer_is_one_line(begun, monkeypatch, capsys):
+    from trillama.model import cli
+
+    def dead(*_, **__):
+        raise apart.Died("hung", "no answer within 120 s")
+
+    monkeypatch.setattr(command, "apart", dead)
+    assert cli.status(lambda: begun("--only", "facts")) == 2
+    assert capsys.readouterr().err == "trillama: error: the GPU cannot be asked: no answer within 120 s\n"
+
+
+def test_only_the_first_signal_counts():
+    """`timeout` sends two."""
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+    with command.interruptible():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            seen.append("the summary")
+    assert seen == ["the summary"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_caches_that_cannot_be_written_are_replaced(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "file" / "cache"))
+    with command.caches():
+        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        assert folder != str(tmp_path / "file" / "cache")
+        assert os.path.isdir(folder)
+        if importlib.util.find_spec("triton"):
+            assert os.path.isdir(os.environ["TRITON_CACHE_DIR"])
+    assert not os.path.exists(folder)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "file" / "cache")
+    assert "TORCHINDUCTOR_CACHE_DIR is a temporary folder: NotADirectoryError" in capsys.readouterr().out
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "a"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "b"))
+    with command.caches():
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "b")
 
 
 def test_the_list_fits_into_nine_minutes(capsys):

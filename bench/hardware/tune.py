@@ -66,15 +66,15 @@ def best(results):
     return found
 
 
-def entries(results):
-    """What a file for TRILLAMA_TUNING lists: the candidates that gain more than 2 %, those of a pair of entries put together."""
+def keep(results, record):
+    """Puts what was measured into a tune.Record, each candidate beside the table's own entry of its process."""
     found = {}
-    for r in best(results).values():
-        if r.get("gain", 0) * tune.GAIN > 1:
-            key, fields = (r["function"], tuple(r["arguments"])), json.loads(r["candidate"])
-            before = found.get(key)
-            found[key] = [{**a, **b} for a, b in zip(before, fields)] if isinstance(before, list) else fields
-    return [{"function": function, "arguments": list(arguments), "entry": entry} for (function, arguments), entry in found.items()]
+    for r in results:
+        trial = tune.Trial(json.loads(r["candidate"]), r["us"] / 1e6 if "us" in r else None, r["reason"])
+        target = tune.Target(r["name"], r["model"], r["dtype"])
+        found.setdefault((target, r["function"], tuple(r["arguments"])), []).extend([tune.Trial(None, r["own_us"] / 1e6), trial])
+    for (target, *key), trials in found.items():
+        record.note(target, tuple(key), trials, complete=True)
 
 
 def show(results, known=()):
