@@ -100,3 +100,10 @@ def threads():
     import torch._inductor.async_compile
 
     yield {"i": torch._inductor.async_compile.get_compile_threads()}
+
+
+def profiles():
+    from trillama.bench.hardware import decode, rehearsal
+
+    rehearsal._Profile.events = lambda self: []
+    yield from decode.run("kernels", shape="tiny", precision="bf16", context=20, steps=1)

@@ -241,7 +241,7 @@ def test_a_mistake_on_the_command_line_is_one_line(name, monkeypatch, capsys):
 def test_every_command_of_bench_ends_in_one_way():
     """In one line and exit status 2 where the user or the machine is wrong, quietly where it is interrupted."""
     folder = Path(decode.__file__).parent
-    commands = [f for f in (*folder.glob("*.py"), folder / "hardware" / "__main__.py") if "__main__\"" in f.read_text()]
+    commands = [f for f in (*folder.glob("*.py"), folder / "hardware" / "__main__.py") if '__main__"' in f.read_text()]
     assert len(commands) >= 8
     for file in commands:
         end = file.read_text().rstrip().splitlines()[-2:]

@@ -344,6 +344,53 @@ def test_only_the_first_signal_counts():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_what_goes_before_leaves_time(begun):
+    start = time.monotonic()
+    begun("--only", "right", "safety", "--minutes", "5")
+    right, safety = sorted({until - start for _, _, until in begun.asked})
+    assert 100 < right < 170
+    assert 280 < safety < 300
+
+
+NVIDIA_SMI = """GPU-00000000-1111-2222-3333-444444444444, 1200 MHz, 90.00 W
+GPU-55555555-6666-7777-8888-999999999999, 1980 MHz, [N/A]
+"""
+
+
+@pytest.mark.parametrize(
+    ("uuid", "said", "expected"),
+    [
+        ("55555555-6666-7777-8888-999999999999", NVIDIA_SMI, ["1980 MHz", None]),
+        ("00000000-1111-2222-3333-444444444444", NVIDIA_SMI, ["1200 MHz", "90.00 W"]),
+        ("aaaaaaaa-6666-7777-8888-999999999999", NVIDIA_SMI, [None, None]),
+        ("aaaaaaaa-6666-7777-8888-999999999999", NVIDIA_SMI.splitlines()[0], ["1200 MHz", "90.00 W"]),
+        ("00000000-1111-2222-3333-444444444444", "No devices were found", [None, None]),
+        ("00000000-1111-2222-3333-444444444444", None, [None, None]),
+    ],
+)
+def test_clocks_are_of_the_gpu_that_is_measured(uuid, said, expected, monkeypatch, tmp_path):
+    """Not of the machine's first one; and none where nvidia-smi is absent or knows of none."""
+    from types import SimpleNamespace
+
+    from trillama.bench.hardware import facts
+
+    program = tmp_path / "nvidia-smi"
+    if said is not None:
+        asked = "assert '--query-gpu=uuid,clocks.sm,power.draw' in sys.argv"
+        program.write_text(f"#!{sys.executable}\nimport sys\n{asked}\nprint({said!r})\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=uuid))
+    assert facts.ask("clocks.sm", "power.draw") == dict(zip(("clocks.sm", "power.draw"), expected))
+
+
+def test_a_profiler_that_sees_nothing_has_failed(worker):
+    """Without CUPTI it reports no kernel: no table of a step in which nothing is done."""
+    (status, error), results = worker(jobs.profiles)
+    assert (status, results) == ("failed", [])
+    assert "the profiler saw no kernel" in error
+
+
 def test_caches_that_cannot_be_written_are_replaced(monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):

@@ -29,7 +29,7 @@ from . import SECTIONS, Card, at_hand, carry_out, section, table
 
 WIDTH = 10_000  # characters of the summary
 COMPILE, CORES, START = 1.6, 14, 3.0  # estimates: seconds a kernel and its launcher, workers, seconds until a worker works
-WARMING = 0.5  # of the time that is left: what is compiled by then is measured, the rest compiles as it is run
+MOST = 0.5  # of the time that is left, for what comes before something else: compiling, and a section of the parallel ones
 
 
 def estimate(jobs, parallel):
@@ -122,6 +122,10 @@ def measure(plan, record, until, rehearse):
         if tasks:
             side_by_side(tasks, workers, record.log, rehearse, until, note, end)
 
+    def part():
+        now = time.monotonic()
+        return now + MOST * (until - now)
+
     def say(text):
         print(f"[{time.monotonic() - begin:4.0f} s] {text}", flush=True)
 
@@ -129,11 +133,10 @@ def measure(plan, record, until, rehearse):
     for name in plan:
         if name == next(iter(alone), None):
             say(f"compiling what {', '.join(alone)} need, on {workers} processes")
-            now = time.monotonic()
-            pool(alone, "warm", now + WARMING * (until - now), warmed)
+            pool(alone, "warm", part(), warmed)
         say(f"{name}: {len(plan[name])} cases")
         if section(name).PARALLEL:
-            pool([name], "run", until, end)
+            pool([name], "run", until if name == [*plan][-1] else part(), end)
             continue
         worker = Worker(record.log, rehearse)
         limit = time.monotonic() + patience * (1.5 * estimate(plan[name], False)[1] + 30)
