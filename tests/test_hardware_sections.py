@@ -191,3 +191,18 @@ def test_a_training_step_is_the_same_for_everybody():
     assert losses["sdpa"][0] > losses["sdpa"][-1]
     for engine in ("trillama", "eager"):
         assert losses[engine] == pytest.approx(losses["sdpa"], abs=0.02)  # bfloat16 has 3e-2 at 5.5
+
+
+def test_to_rewind_is_not_timed(monkeypatch):
+    """transformers' caches take a call a layer for it, ours one."""
+    calls = []
+
+    def elapsed(function, repeats, warm):
+        calls.append("begin")
+        function()
+        calls.append("end")
+        return 8.0
+
+    monkeypatch.setattr(decode.timing, "elapsed", elapsed)
+    assert decode.each(lambda: calls.append("step"), lambda: calls.append("rewind"), 4) == 2.0
+    assert calls == ["rewind", "begin", *["step"] * 4, "end"] * 4

@@ -91,7 +91,8 @@ class Record:
 def measure(plan, record, until, rehearse):
     """Does all jobs of the plan and writes down what comes of them; what has not begun by `until` is left out."""
     begin = time.monotonic()
-    workers = max(1, min(CORES, (os.cpu_count() or 2) - 2))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(CORES, cores - 2))
     patience = 10 if rehearse else 1  # an interpreter is no GPU
 
     def note(key, result):
@@ -159,14 +160,15 @@ def summary(plan, record, rehearse):
     lines = ["A REHEARSAL: nothing here was measured."] if rehearse else []
     lines += shown(record, "facts")
     bad = [r for r in record.lines if r["status"] not in ("ok", "left out")]
-    left = [r for r in record.lines if r["status"] == "left out"]
+    begun = {(r["section"], r["job"]) for r in record.lines}
+    left = [r["section"] for r in record.lines if r["status"] == "left out"]
+    left += [name for name, jobs in plan.items() for job in jobs if (name, job.name) not in begun]  # an interruption
     lines += ["", f"FAILURES: {len(bad)}" if bad else "No failure."]
     lines += [f"  {r['section']}: {r['job']}: {r['status']}: {r.get('error')}"[:240] for r in bad[:25]]
     if len(bad) > 25:
-        lines.append(f"  and {len(bad) - 25} more in results.jsonl")
+        lines.append(f"  and {len(bad) - 25} more in {record.results.name}")
     if left:
-        names = {name: sum(r["section"] == name for r in left) for name in plan}
-        lines.append("Left out: " + ", ".join(f"{n} of {name}" for name, n in names.items() if n))
+        lines.append("Left out: " + ", ".join(f"{left.count(name)} of {name}" for name in plan if name in left))
     text = "\n".join(lines)
     for name in plan:
         if name == "facts":
@@ -176,7 +178,7 @@ def summary(plan, record, rehearse):
         lines = []
         for line in ["", f"{name}: {title(name)}", *rows]:
             if room < len(line) + 1:
-                lines.append(f"... more of {name} in results.jsonl")
+                lines.append(f"... more of {name} in {record.results.name}")
                 break
             room -= len(line) + 1
             lines.append(line)
