@@ -19,6 +19,7 @@ import time
 import traceback
 
 JOB = "--- "  # begins the line of the log that names a job
+PRELOADED = ("torch._dynamo", "triton", "trillama.kernels")  # imported before anything forks; none of them asks for a GPU
 
 
 class Died(RuntimeError):
@@ -206,7 +207,7 @@ _children = threading.Lock()
 @functools.cache
 def _context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "triton", "trillama.kernels"])
+    context.set_forkserver_preload([*PRELOADED])
     return context
 
 

@@ -83,6 +83,26 @@ def test_the_server_that_forks_may_be_killed(worker):
     assert worker(jobs.works, 2)[0] == ("ok", None)
 
 
+def test_what_all_processes_are_forked_from_asks_for_no_gpu():
+    """Not even how many there are: after that no fork of it could use one."""
+    code = f"""
+import importlib, torch
+
+def refuse(*_, **__):
+    raise AssertionError("asked for a GPU")
+
+for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init"):
+    setattr(torch.cuda, name, refuse)
+for name in {apart.PRELOADED}:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        assert name == "triton"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_error_on_this_side_costs_the_job(worker):
     def note(value):
         raise TypeError("Object of type Tensor is not JSON serializable")
@@ -266,11 +286,12 @@ def begun(monkeypatch, tmp_path):
     return begun
 
 
-def test_compiling_leaves_time_to_measure(begun, tmp_path):
+@pytest.mark.parametrize("end", [("left out", "no time was left"), ("out of memory", "of 14 side by side")])
+def test_compiling_leaves_time_to_measure(begun, tmp_path, end):
     """What was not compiled beforehand has the time to compile as it runs, and is left out by nobody."""
     options = "--only", "training", "--minutes", "5"
     start = time.monotonic()
-    begun.warm = ("left out", "no time was left")
+    begun.warm = end
     status, lines, _ = begun(*options)
     assert status == 0
     assert {line["status"] for line in lines} == {"ok"}

@@ -108,7 +108,7 @@ def measure(plan, record, until, rehearse):
     cold = set()
 
     def warmed(key, status, error, seconds):
-        if status == "left out":
+        if status in ("left out", "out of memory"):  # so many side by side may be more than the card holds
             cold.add(key)  # it compiles when it is run
         elif status != "ok" or error:
             record.add(*key, status, error=f"as it compiled: {error}", seconds=round(seconds, 2))
