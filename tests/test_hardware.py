@@ -527,4 +527,7 @@ def test_rehearsal(tmp_path, name):
     done = {r["job"] for r in results if r["section"] == name}
     assert done == {job.name for job in command.section(name).jobs(Card("a pretended H100", 90, 256 << 20, True))}
     assert "No failure." in run.stdout
+    shown = hardware.table(results, name)
+    assert len(shown) > 1
+    assert all(line in run.stdout for line in shown)
     assert hardware.SECTIONS[0] == "facts"
