@@ -4,7 +4,7 @@
     OTHER                a second run: every measurement of both beside the other's, and their ratio
     --save DIR           the run as one document, DIR/CARD-DATE.json: what bench/results/ holds
     --plots DIR          speed-up over each peer, a bar a case
-    --tuning FILE        the tile sizes that were faster than the tables', for TRILLAMA_TUNING
+    --tuning FILE        adds the tile sizes that were faster than the tables' to a file of bench.tune, for TRILLAMA_TUNING
     --readme FILE        puts the tables between the two marks `<!-- measured -->` of a Markdown file
 
 A result is a line of plain values. Its words and whole numbers say what was measured (`engine`: whose), its fractional numbers are
@@ -182,7 +182,7 @@ def main(argv=None):
     add("other", metavar="OTHER", nargs="?", help="a second run, to be compared with the first")
     add("--save", metavar="DIR", help="write the run as DIR/CARD-DATE.json")
     add("--plots", metavar="DIR", help="draw the speed-up over each peer into DIR")
-    add("--tuning", metavar="FILE", help="write the tile sizes that were faster, for TRILLAMA_TUNING")
+    add("--tuning", metavar="FILE", help="add the tile sizes that were faster to a file of bench.tune, for TRILLAMA_TUNING")
     add("--readme", metavar="FILE", help=f"put the tables between two lines {MARK}")
     options = parser.parse_args(argv)
     lines = load(options.file)
