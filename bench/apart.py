@@ -7,7 +7,8 @@ pretended one (`hardware.rehearsal`).
 import contextlib
 import functools
 import gc
-import multiprocessing
+import math
+import multiprocessing.process
 import os
 import queue
 import signal
@@ -18,6 +19,7 @@ import time
 import traceback
 
 JOB = "--- "  # begins the line of the log that names a job
+PRELOADED = ("torch._dynamo", "triton", "trillama.kernels")  # imported before anything forks; none of them asks for a GPU
 
 
 class Died(RuntimeError):
@@ -28,13 +30,13 @@ class Died(RuntimeError):
         self.status = status
 
 
-def apart(function, *arguments, limit=60.0):
+def apart(function, *arguments, limit=60.0, rehearse=False):
     """Yields what the generator `function(*arguments)` yields, from a process of its own, which ends with it.
 
     The function is importable, arguments and values can be pickled. Raises Died where the function raises, where its process ends
     before it, and where `limit` seconds go by without a value.
     """
-    worker = Worker()
+    worker = Worker(rehearse=rehearse)
     try:
         yield from worker.values(function, arguments, limit)
     finally:
@@ -52,7 +54,8 @@ class Worker:
     """
 
     def __init__(self, log=None, rehearse=False, alone=True):
-        self.log, self.rehearse, self.alone, self.process = log, rehearse, alone, None
+        self.log, self.rehearse, self.alone = log, rehearse, alone
+        self.process = self.connection = None
 
     def start(self):
         if self.log is None:
@@ -60,27 +63,37 @@ class Worker:
             os.close(handle)
             self.own = self.log
         self.connection, theirs = _context().Pipe()
-        self.process = _context().Process(target=_serve, args=(theirs, str(self.log), self.rehearse, self.alone), daemon=True)
-        self.process.start()
-        theirs.close()
+        with theirs, _children:
+            process = _context().Process(target=_serve, args=(theirs, str(self.log), self.rehearse, self.alone), daemon=True)
+            process.start()
+        self.process = process
 
-    def values(self, function, arguments, limit):
-        """Yields what function(*arguments) yields there; raises Died where it does not come to its end, or hangs for limit s."""
+    def values(self, function, arguments, limit, until=math.inf):
+        """Yields what function(*arguments) yields there; raises Died where it does not come to its end, hangs for limit s, or goes
+        on at `until` (time.monotonic), which leaves out the rest of it."""
         if self.process is not None and not self.process.is_alive():
             self.end()  # killed from outside between two jobs: no fault of this one
         if self.process is None:
-            self.start()
+            try:
+                self.start()
+            except Exception as error:  # no memory, no file handle, no server to fork from: the next job may have more luck
+                self.end()
+                raise Died("crashed", f"no process could be started: {one_line(error)}") from None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who has died meanwhile says so below
             self.connection.send((function, arguments))
         while True:
-            if not self.connection.poll(limit):
+            left = until - time.monotonic()
+            if not self.connection.poll(max(0, min(limit, left))):
                 self.end()
+                if left <= limit:
+                    raise Died("left out", "no time was left for its end")
                 raise Died("hung", f"no answer within {limit:.0f} s")
             try:
                 what, value = self.connection.recv()
             except (EOFError, OSError):
-                self.process.join(10)
-                code, said = self.process.exitcode, self.last_words()
+                with _children:
+                    self.process.join(10)
+                    code, said = self.process.exitcode, self.last_words()
                 self.end()
                 raise Died("crashed", _how(code) + (f": {said}" if said else "")) from None
             if what == "value":
@@ -93,13 +106,18 @@ class Worker:
                 raise Died(status, error or lost)
             return
 
-    def do(self, function, arguments, limit, note):
-        """The same with note(value) for each value: returns (status, error), "ok" and None if all went well."""
+    def do(self, function, arguments, limit, note, until=math.inf):
+        """The same with note(value) for each value: returns (status, error), "ok" and None if all went well. It never raises: what
+        goes wrong on this side, in `note` or with a value, costs the job as well."""
         try:
-            for value in self.values(function, arguments, limit):
+            for value in self.values(function, arguments, limit, until):
                 note(value)
         except Died as death:
             return death.status, str(death)
+        except Exception as error:
+            traceback.print_exc()
+            self.end()  # it may be in the middle of the job
+            return "failed", one_line(error)
         return "ok", None
 
     def last_words(self):
@@ -110,15 +128,25 @@ class Worker:
             said = [line.strip() for line in file if line.strip() and not line.startswith(JOB)]
         return said[-1] if said else ""
 
-    def end(self):
-        """Ends the process, and what it has started."""
-        if self.process is not None:
-            process, self.process = self.process, None
+    def kill(self):
+        """Kills the process, and what it has started, wherever it is; `end` is for the thread that works with it."""
+        process = self.process
+        if process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
-            process.join(10)  # one that waits for a GPU may outlive even that
+
+    def end(self):
+        """Ends the process, and what it has started."""
+        self.kill()
+        if self.process is not None:
+            process, self.process = self.process, None
+            process.join(10)
+            if process.exitcode is None:  # one that waits for a GPU may outlive even that: Python would wait for it at its own end
+                multiprocessing.process._children.discard(process)
+        if self.connection is not None:
             self.connection.close()
+            self.connection = None
         if getattr(self, "own", None) is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.own)
@@ -127,44 +155,59 @@ class Worker:
 
 def side_by_side(tasks, workers, log, rehearse, until, note, end):
     """Does tasks (key, function, arguments, limit) on so many workers. note(key, value), end(key, status, error, seconds): called
-    for each, one at a time. What has not begun by `until` (time.monotonic) is "left out"."""
-    waiting, lock = queue.SimpleQueue(), threading.Lock()
+    for each, one at a time. What has not begun by `until` (time.monotonic) is "left out", as is the rest of what goes on 10 s
+    later. An exception here, such as an interruption, ends all of it: nothing is noted any more."""
+    waiting, lock, over = queue.SimpleQueue(), threading.Lock(), threading.Event()
     for task in tasks:
         waiting.put(task)
 
-    def work_on():
-        worker = Worker(log, rehearse, alone=False)
+    def tell(call, *arguments):
+        with lock:
+            if not over.is_set():
+                call(*arguments)
+
+    def work_on(worker):
         try:
-            while True:
+            while not over.is_set():
                 try:
                     key, function, arguments, limit = waiting.get_nowait()
                 except queue.Empty:
                     return
-
-                def told(value, key=key):
-                    with lock:
-                        note(key, value)
-
                 start = time.monotonic()
                 outcome = ("left out", "no time was left")
                 if start < until:
-                    outcome = worker.do(function, arguments, min(limit, until + 10 - start), told)
-                with lock:
-                    end(key, *outcome, time.monotonic() - start)
+                    outcome = worker.do(function, arguments, limit, functools.partial(tell, note, key), until + 10)
+                tell(end, key, *outcome, time.monotonic() - start)
         finally:
             worker.end()
 
-    threads = [threading.Thread(target=work_on, daemon=True) for _ in range(max(1, min(workers, len(tasks))))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    crew = [Worker(log, rehearse, alone=False) for _ in range(max(1, min(workers, len(tasks))))]
+    threads = [threading.Thread(target=work_on, args=(worker,), daemon=True) for worker in crew]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(1)  # a signal that another thread was given is seen in between
+    finally:
+        with lock:
+            over.set()
+        for worker in crew:
+            worker.kill()
+        patience = time.monotonic() + 5
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join(max(0, patience - time.monotonic()))
+
+
+# Starting a process looks after all that have ended, and takes from them the status that their own thread waits for.
+_children = threading.Lock()
 
 
 @functools.cache
 def _context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "triton", "trillama.kernels"])
+    context.set_forkserver_preload([*PRELOADED])
     return context
 
 
@@ -183,12 +226,13 @@ def _serve(connection, log, rehearse, alone):
     with open(log, "ab") as file:  # what compilers and drivers print as they end a process
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    import torch
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # it was imported before: the environment says nothing to it
     with contextlib.ExitStack() as stack:
         if not alone:
-            import torch
-
             torch.set_num_threads(1)
-            os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         if rehearse:
             from .hardware.rehearsal import pretend
 
@@ -200,7 +244,7 @@ def _serve(connection, log, rehearse, alone):
                 return
             print(f"{JOB}{function.__module__}.{function.__name__} {arguments}", file=sys.stderr, flush=True)
             status, error = _attempt(function, arguments, lambda value: connection.send(("value", value)))
-            lost = _lost()
+            lost = _lost(status)
             connection.send(("end", (status, error, lost)))
             if lost:
                 os._exit(0)  # what has lost its device hangs or crashes as it cleans up
@@ -232,18 +276,18 @@ def one_line(error):
     return f"{type(error).__name__}: {text[0].strip()}"[:300] if text else type(error).__name__
 
 
-def _lost():
+def _lost(status):
     """Why this process can do nothing more on its GPU, if so."""
     import torch
 
     from .timing import Captures
 
-    if Captures.broken:
-        return f"a capture failed: {Captures.broken}"
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized() and not Captures.broken:
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         except Exception as error:
             return one_line(error)
-    return None
+        if status == "failed":
+            Captures.look()
+    return f"a capture failed: {Captures.broken}" if Captures.broken else None

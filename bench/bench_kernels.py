@@ -17,7 +17,7 @@ from trillama.bench import host, plots
 from trillama.bench.apart import Worker
 from trillama.bench.cases import OPS, Case, available, case
 from trillama.bench.peers import ENGINES, why_not
-from trillama.bench.roofline import GPUS, bound
+from trillama.bench.roofline import datasheet
 from trillama.bench.timing import timings
 from trillama.kernels.decode import counters
 
@@ -109,16 +109,13 @@ def synchronize():
 
 def rates(c, seconds):
     """What the time means: GB/s of the least bytes, TFLOP/s, and on a known GPU the fraction of its bound."""
-    gpu = None
-    if DEVICE == "cuda":
-        name = torch.cuda.get_device_name()
-        gpu = next((g for g in GPUS if g in name), None)
+    gpu = datasheet(torch.cuda.get_device_name()) if DEVICE == "cuda" else None
     return {
         "us": seconds * 1e6,
         "gb_s": c.moved / seconds / 1e9,
         "tflop_s": c.flops / seconds / 1e12,
         "flops_bound": c.flops > 100 * c.moved,  # more than a hundred FLOP a byte: no datasheet has memory as the bound there
-        "of_bound": bound(gpu, c.moved, c.flops, c.itemsize) / seconds if gpu else None,
+        "of_bound": gpu.bound(c.moved, c.flops, c.itemsize) / seconds if gpu else None,
     }
 
 

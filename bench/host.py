@@ -5,7 +5,6 @@ timed with the second replaced by nothing, on CPU tensors and code compiled for 
 are timed too. On CPU tensors the reference runs: there it is the whole call. Beside them PyTorch's operators and, on a GPU, Liger.
 """
 
-import argparse
 import contextlib
 import gc
 import os
@@ -17,6 +16,7 @@ import torch
 
 from ..kernels import use_backend
 from ..kernels.dispatch import triton
+from ..model import cli
 from .cases import available, case
 from .peers import engine, why_not
 from .plots import table
@@ -100,7 +100,7 @@ def report(ops):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m trillama.bench.host", description="What a call costs on the host.")
+    parser = cli.Parser(prog="python -m trillama.bench.host", description="What a call costs on the host.")
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all that there are")
     options = parser.parse_args(argv)
     for name in options.ops:
@@ -113,8 +113,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"trillama: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.status(main))

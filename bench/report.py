@@ -4,21 +4,24 @@
     OTHER                a second run: every measurement of both beside the other's, and their ratio
     --save DIR           the run as one document, DIR/CARD-DATE.json: what bench/results/ holds
     --plots DIR          speed-up over each peer, a bar a case
-    --tuning FILE        the tile sizes that were faster than the tables', for TRILLAMA_TUNING
+    --tuning FILE        adds the tile sizes that were faster than the tables' to a file of bench.tune, for TRILLAMA_TUNING
     --readme FILE        puts the tables between the two marks `<!-- measured -->` of a Markdown file
 
 A result is a line of plain values. Its words and whole numbers say what was measured (`engine`: whose), its fractional numbers are
 the measurements: lines that differ in `engine` alone are of peers, lines of two runs that agree in all words are of one thing.
 """
 
-import argparse
+import contextlib
+import itertools
 import json
 import re
 import sys
 from pathlib import Path
 
+from ..model import cli
 from . import plots
 from .hardware import SECTIONS, facts, section, table, tune
+from .tune import Record
 
 MARK = "<!-- measured -->"
 FASTER = {"us": -1, "ms": -1, "seconds": -1, "tokens_per_s": 1, "tflop_s": 1, "gb_s": 1, "bytes_per_s": 1, "flop_per_s": 1}
@@ -63,17 +66,21 @@ def provenance(lines):
 
 
 def save(lines, folder):
-    """Writes CARD-DATE.json; a second run of a day gets a number."""
+    """Writes CARD-DATE.json, once; another run of the day gets a number."""
     c = card(lines)
     name = f"{re.sub('[^A-Za-z0-9]+', '-', c['gpu']).strip('-')}-{c['date'][:10]}"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    taken = [file for file in folder.glob(f"{name}*.json") if load(file) != lines]
-    file = folder / (f"{name}-{len(taken) + 1}.json" if taken else f"{name}.json")
     rows = ",\n".join(json.dumps(line) for line in lines)
     head = f'"gpu": {json.dumps(c["gpu"])}, "date": {json.dumps(c["date"])}'
-    file.write_text(f'{{{head}, "results": [\n{rows}\n]}}\n', encoding="utf-8")
-    return file
+    kept = [file for file in folder.glob(f"{name}*.json") if load(file) == lines]
+    if kept:
+        return kept[0]
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            with open(folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json"), "x", encoding="utf-8") as file:
+                file.write(f'{{{head}, "results": [\n{rows}\n]}}\n')
+            return Path(file.name)
 
 
 def tables(lines):
@@ -169,13 +176,13 @@ def draw(lines, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m trillama.bench.report", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m trillama.bench.report", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("file", metavar="FILE", help="results.jsonl of a run, or a file of bench/results/")
     add("other", metavar="OTHER", nargs="?", help="a second run, to be compared with the first")
     add("--save", metavar="DIR", help="write the run as DIR/CARD-DATE.json")
     add("--plots", metavar="DIR", help="draw the speed-up over each peer into DIR")
-    add("--tuning", metavar="FILE", help="write the tile sizes that were faster, for TRILLAMA_TUNING")
+    add("--tuning", metavar="FILE", help="add the tile sizes that were faster to a file of bench.tune, for TRILLAMA_TUNING")
     add("--readme", metavar="FILE", help=f"put the tables between two lines {MARK}")
     options = parser.parse_args(argv)
     lines = load(options.file)
@@ -190,16 +197,12 @@ def main(argv=None):
     if options.plots:
         print(f"plots: {', '.join(map(str, draw(lines, options.plots))) or 'nothing has a peer'}")
     if options.tuning:
-        document = {"gpu": card(lines)["gpu"], "entries": tune.entries(of(lines, "tune"))}
-        Path(options.tuning).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        c = card(lines)
+        tune.keep(of(lines, "tune"), Record(options.tuning, c["gpu"], c["versions"].get("torch")))
     if options.readme:
         into_readme(lines, options.readme)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"trillama: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.status(main))

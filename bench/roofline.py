@@ -5,9 +5,10 @@
 Everything computed here is a bound, a time that no program can beat, never a measurement.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
+
+from ..model import cli
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class GPU:
     def rate(self, itemsize):
         """FLOP a second for operands of `itemsize` bytes; float32 means float32, not TF32."""
         return self.tensor if itemsize == 2 else self.fp32
+
+    def bound(self, moved, flops=0, itemsize=2):
+        """Seconds that `moved` bytes and `flops` FLOP take at least, if one hides behind the other."""
+        return max(moved / self.bandwidth, flops / self.rate(itemsize))
 
 
 GPUS = {
@@ -43,12 +48,6 @@ def datasheet(name):
     if words & {"PCIe", "NVL", "40GB", "Laptop"}:
         return None
     return next((gpu for known, gpu in GPUS.items() if words >= set(known.split())), None)
-
-
-def bound(gpu, moved, flops=0, itemsize=2):
-    """Seconds that `moved` bytes and `flops` FLOP take at least on the GPU of that name, if one hides behind the other."""
-    peak = GPUS[gpu]
-    return max(moved / peak.bandwidth, flops / peak.rate(itemsize))
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def shared_tables(batch=1, context=8192, latency=10e-6, counts=(1, 2, 4, 8, 16))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m trillama.bench.roofline", description="Bounds of tensor parallelism from datasheets. Needs no GPU."
     )
     add = parser.add_argument
@@ -225,4 +224,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.status(main))

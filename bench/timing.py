@@ -35,6 +35,16 @@ class Captures:
 
     broken = None
 
+    @classmethod
+    def look(cls):
+        """Where something has failed that may have been a capture, torch.compile's for one: tries another."""
+        if cls.broken is None:
+            try:
+                with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                    torch.zeros(1, device="cuda")
+            except Exception as error:
+                cls.broken = one_line(error)
+
 
 def device_seconds(c, seconds=0.05):
     """The Timing of the case's call, its data in HBM."""

@@ -7,7 +7,6 @@ A kernel's HBM bytes are the 32-byte sectors that it reads plus those that it wr
 whose L2 cache holds everything for the length of a launch. `requested` counts every access: what L1 and L2 have to serve.
 """
 
-import argparse
 import contextlib
 import inspect
 import os
@@ -17,6 +16,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
+from ..model import cli
 
 SECTOR = 32
 
@@ -272,9 +273,9 @@ def step(config, batch, tokens, context, dtype=torch.bfloat16):
 
 def seconds(lines, gpu, itemsize=2):
     """The least time of the step on the GPU of that name: its operations one after the other, each at its own bound."""
-    from .roofline import bound
+    from .roofline import GPUS
 
-    return sum(bound(gpu, line.moved, line.flops, itemsize) for line in lines)
+    return sum(GPUS[gpu].bound(line.moved, line.flops, itemsize) for line in lines)
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
@@ -340,7 +341,7 @@ def main(argv=None):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks at it when it is imported
     from .cases import DTYPES, MODELS, OPS, available, case
 
-    parser = argparse.ArgumentParser(prog="python -m trillama.bench.traffic", description="Bytes through memory. Needs no GPU.")
+    parser = cli.Parser(prog="python -m trillama.bench.traffic", description="Bytes through memory. Needs no GPU.")
     add = parser.add_argument
     add("ops", nargs="*", metavar="OP", help="default: all that there are")
     add("--model", nargs="+", metavar="MODEL", default=["Llama-3.1-8B"], help=f"of {', '.join(MODELS)}")
@@ -375,8 +376,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"trillama: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.status(main))

@@ -11,7 +11,6 @@ more than 2 %. The file is written after every candidate and keeps what it had o
 model runs.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -28,6 +27,7 @@ import torch
 from ..kernels import dispatch, tuning, use_backend
 from ..kernels.decode import counters
 from ..kernels.dispatch import observe
+from ..model import cli
 from .apart import Died, apart, one_line
 from .cases import DTYPES, MODELS, case
 from .check import outcome
@@ -416,17 +416,19 @@ class Record:
     """A tuning file: `entries`, which TRILLAMA_TUNING puts in the tables' place, and `trials`, all that was measured and why the
     rest was not. What it holds of other entries stays."""
 
-    def __init__(self, file, gpu):
+    def __init__(self, file, gpu, version=torch.__version__):
+        """version: of the torch with which is measured."""
         self.file = Path(file)
-        self.document = {"gpu": gpu, "torch": torch.__version__, "entries": [], "trials": []}
+        self.document = {"gpu": gpu, "torch": version, "entries": [], "trials": []}
         if self.file.exists():
             try:
                 before = json.loads(self.file.read_text(encoding="utf-8"))
                 self.document |= {"entries": before["entries"], "trials": before.get("trials", [])}
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"--output names {file}, which is no tuning file: {error!r}") from None
-            if before["gpu"] != gpu:
-                raise ValueError(f"--output names {file}, which was measured on {before['gpu']}; this is {gpu}: name another file")
+                measured_on = before["gpu"]
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{file} is no tuning file: {error!r}") from None
+            if measured_on != gpu:
+                raise ValueError(f"{file} was measured on {measured_on}; this is {gpu}: name another file")
         self.write()  # a place that cannot be written is told before anything is measured
 
     def found(self, key, part=None):
@@ -507,7 +509,7 @@ def tune(chosen, arch, record, measure=seconds_of, device="cuda", limit=60.0, sa
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m trillama.bench.tune", description="Measures tile sizes. Needs a GPU.")
+    parser = cli.Parser(prog="python -m trillama.bench.tune", description="Measures tile sizes. Needs a GPU.")
     add = parser.add_argument
     add("entries", nargs="*", metavar="ENTRY", help=f"of {', '.join(ENTRIES)}; default: all")
     add("--list", action="store_true", help="print what would be tried and measure nothing; needs no GPU")
@@ -553,8 +555,4 @@ def _us(seconds):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"trillama: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.status(main))

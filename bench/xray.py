@@ -30,7 +30,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..model.cli import Parser
+from ..model import cli
 from . import sass
 from .plots import table
 from .roofline import GPUS, MULTIPROCESSORS
@@ -567,7 +567,7 @@ LEGEND = (
 
 
 def _arguments():
-    parser = Parser(prog="trillama xray", description="What the compiled kernels are made of. Needs no GPU.")
+    parser = cli.Parser(prog="trillama xray", description="What the compiled kernels are made of. Needs no GPU.")
     add = parser.add_argument
     add("ops", nargs="*", metavar="OP", help="default: all that there are, with their backwards")
     add("--backward", action="store_true", help="the backward of OP too")
@@ -646,8 +646,4 @@ def _run(options, workers):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"trillama: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.status(main))

@@ -451,15 +451,15 @@ def remembered(function):
     must follow from shapes, strides, dtypes, devices, 16-byte alignment and numbers, and from what `asked` was asked. Nothing is
     noted, and all is done in full, where somebody watches: autograd, torch.compile, a tensor subclass, a dispatch mode, `observe`.
     """
-    calls = {}
-    _memories.append(calls)
+    place = len(_memories)
+    _memories.append({})
 
     @functools.wraps(function)
     def wrapper(*arguments, **named):
         if torch.compiler.is_compiling():
             return function(*arguments, **named)
         given = (*arguments, *named.values()) if named else arguments
-        key = _key(given, named)
+        key, calls = _key(given, named), _memories[place]
         known = calls.get(key)
         if known is not None:
             answers, kept, steps, result = known
@@ -490,9 +490,10 @@ def remembered(function):
 
 
 def forget():
-    """What was remembered of all calls: the tables that they followed have changed."""
-    for calls in _memories:
-        calls.clear()
+    """What was remembered of all calls: the tables that they followed have changed. What a call under way in another thread has
+    followed is forgotten with them: it is noted in the memory that was there when it began."""
+    for place in range(len(_memories)):
+        _memories[place] = {}
 
 
 def _key(given, names):

@@ -21,8 +21,13 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  #
 def main(argv=None):
     """Runs one command line (default: the process's own) and returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    return status(lambda: _in_ranks(argv) if all(name in os.environ for name in TORCHRUN) else _dispatch(argv))
+
+
+def status(command):
+    """What command() returns, or the exit status of how it ended: that of `python -m trillama.bench.NAME` too."""
     try:
-        return (_in_ranks(argv) if all(name in os.environ for name in TORCHRUN) else _dispatch(argv)) or 0
+        return command() or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone: `trillama ... | head`

@@ -36,6 +36,11 @@ def hangs():
     time.sleep(600)
 
 
+def lingers():
+    yield {"pid": os.getpid()}
+    time.sleep(600)
+
+
 def chatters():
     print("a library says something on stdout")
     os.write(1, b"and not by Python\n")
@@ -59,3 +64,46 @@ def poisons():
 
     torch.cuda.synchronize = synchronize
     yield {"i": 0}
+
+
+def captures_elsewhere():
+    """torch.compile's graph cannot be captured: nobody of ours notes it, but torch 2.11's allocator captures no more."""
+    import torch
+
+    def graph(*_, **__):
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    torch.cuda.graph = graph
+    yield {"i": 0}
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
+def proves():
+    """Cases of `right`: the second breaks all captures."""
+    from trillama.bench.hardware import right
+
+    def wrong():
+        raise AssertionError("other values")
+
+    yield from right.verdict("op", "wrong", "fp16", wrong, 0)
+    yield from right.verdict("op", "breaks", "fp16", lambda: list(captures_elsewhere()), 0)
+    yield from right.verdict("op", "behind it", "fp16", lambda: None, 0)
+
+
+def slow(n, seconds):
+    for i in range(n):
+        time.sleep(seconds)
+        yield {"i": i}
+
+
+def threads():
+    import torch._inductor.async_compile
+
+    yield {"i": torch._inductor.async_compile.get_compile_threads()}
+
+
+def profiles():
+    from trillama.bench.hardware import decode, rehearsal
+
+    rehearsal._Profile.events = lambda self: []
+    yield from decode.run("kernels", shape="tiny", precision="bf16", context=20, steps=1)

@@ -2,7 +2,10 @@
 
 import json
 import math
+import runpy
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +223,30 @@ def test_against_transformers_from_the_command_line(trillama, small, tiny_folder
 
 
 # --- bandwidth and clocks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("name", ["tune", "report", "traffic", "roofline", "host", "xray", "hardware", "decode"])
+def test_a_mistake_on_the_command_line_is_one_line(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--nonsense"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module(f"trillama.bench.{name}", run_name="__main__", alter_sys=True)
+    assert caught.value.code == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("trillama: error: ")
+    assert error.count("\n") == 1
+
+
+def test_every_command_of_bench_ends_in_one_way():
+    """In one line and exit status 2 where the user or the machine is wrong, quietly where it is interrupted."""
+    folder = Path(decode.__file__).parent
+    commands = [f for f in (*folder.glob("*.py"), folder / "hardware" / "__main__.py") if '__main__"' in f.read_text()]
+    assert len(commands) >= 8
+    for file in commands:
+        end = file.read_text().rstrip().splitlines()[-2:]
+        assert end[0] == 'if __name__ == "__main__":', file
+        assert end[1].strip() in ("sys.exit(cli.status(main))", 'sys.exit(cli.main(["bench", *sys.argv[1:]]))'), file
 
 
 @pytest.mark.parametrize(

@@ -145,3 +145,6 @@ def test_what_a_gpu_adds(monkeypatch):
     assert found["us"] == found["graph_us"] > 0
     assert found["why"] is None
     assert found["of_bound"] > 0
+    for name, known in (("NVIDIA H100 80GB HBM3", True), ("NVIDIA H100 PCIe", False), ("NVIDIA A100-SXM4-40GB", False)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert (bench_kernels.rates(small("rms_norm"), 1.0)["of_bound"] is not None) == known

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from trillama.bench import peers
+from trillama.bench import hardware, peers
 from trillama.bench.cases import Model
 from trillama.bench.hardware import Card, attention, decode, rows, training
 from trillama.kernels import use_backend
@@ -26,6 +26,17 @@ def test_jobs_are_named_once_and_can_be_written_down(name, card):
     for job in jobs:
         assert json.loads(json.dumps(job.work)).keys() == job.work.keys()
         assert min(job.seconds, job.compiled + 1) > 0
+
+
+@pytest.mark.parametrize("name", hardware.SECTIONS)
+def test_a_section_shows_what_it_has(name):
+    """The frame hands it the results of the statuses that it names; some say only how a job ended."""
+    module = hardware.section(name)
+    shown = getattr(module, "SHOWN", ("ok",))
+    assert set(shown) <= {"ok", "failed", "out of memory", "crashed", "hung", "left out"}
+    assert "ok" in shown
+    ends = [{"section": name, "job": "a", "status": s, "error": "a capture failed", "seconds": 1.0} for s in shown]
+    assert isinstance(hardware.table(ends, name), list)
 
 
 def test_ours_comes_before_others():
@@ -137,7 +148,10 @@ def test_the_table_of_attention():
     ]
     step = {**key, "kind": "cached", "batch": 8, "S": 8192, "bytes": 27e7, "engine": "trillama", "us": 100.0}
     del step["causal"]
-    lines = attention.show([*results, step, {"error": "a capture failed"}], FACTS)
+    frame = {"section": "attention", "job": "a", "status": "ok"}
+    known = [{**FACTS[0], "section": "facts", "job": "card", "status": "ok"}]
+    lines = hardware.table([{**r, **frame} for r in (*results, step, {"error": "a capture failed"})] + known, "attention")
+    assert lines == attention.show([*results, step], FACTS)
     assert lines[1].split()[5:] == ["400", "50%", "-", "0.80", "-", "-", "200", "25%", "-", "-", "-", "-"]
     assert lines[3].split()[-4:] == ["2.70", "90%", "-", "-"]
     assert "%" not in "".join(attention.show(results))  # of what, nobody has said
@@ -191,3 +205,18 @@ def test_a_training_step_is_the_same_for_everybody():
     assert losses["sdpa"][0] > losses["sdpa"][-1]
     for engine in ("trillama", "eager"):
         assert losses[engine] == pytest.approx(losses["sdpa"], abs=0.02)  # bfloat16 has 3e-2 at 5.5
+
+
+def test_to_rewind_is_not_timed(monkeypatch):
+    """transformers' caches take a call a layer for it, ours one."""
+    calls = []
+
+    def elapsed(function, repeats, warm):
+        calls.append("begin")
+        function()
+        calls.append("end")
+        return 8.0
+
+    monkeypatch.setattr(decode.timing, "elapsed", elapsed)
+    assert decode.each(lambda: calls.append("step"), lambda: calls.append("rewind"), 4) == 2.0
+    assert calls == ["rewind", "begin", *["step"] * 4, "end"] * 4

@@ -60,9 +60,15 @@ def test_a_run_is_saved_under_card_and_date_and_never_over_another(file, tmp_pat
     assert report.save(results(), folder) == first
     second = report.save(results(2.0), folder)
     assert second.name == "NVIDIA-H100-80GB-HBM3-2026-11-29-2.json"
+    assert report.save(results(), folder) == first
     assert report.load(first) == results()
+    assert report.load(second) == results(2.0)
     assert report.main([str(file(results())), "--save", str(folder)]) == 0
     assert len(list(folder.iterdir())) == 2
+    report.save(results(3.0), folder)
+    second.unlink()
+    assert report.save(results(4.0), folder) == second
+    assert [report.load(f) for f in sorted(folder.iterdir())] == [results(4.0), results(3.0), results()]
 
 
 def test_speedups_are_of_lines_that_differ_in_their_engine_alone():
@@ -128,9 +134,11 @@ def test_tile_sizes_that_were_faster_make_a_tuning_file(file, tmp_path, monkeypa
     from trillama.kernels import tuning
 
     def trial(name, function, arguments, fields, gain):
-        what = {"section": "tune", "status": "ok", "job": f"{name} {fields}", "name": name, "model": "m", "shape": "s"}
-        return {**what, "function": function, "arguments": arguments, "candidate": json.dumps(fields), "reason": None,
-                "own_us": 100.0, "us": 100.0 / gain, "gain": gain}  # fmt: skip
+        what = {"section": "tune", "status": "ok", "job": f"{name} {fields}", "name": name, "model": "Llama-3.1-8B"}
+        return {
+            **what, "shape": "s", "dtype": "bf16", "function": function, "arguments": arguments, "candidate": json.dumps(fields),
+            "reason": None, "own_us": 100.0, "us": 100.0 / gain, "gain": gain,
+        }  # fmt: skip
 
     lines = [
         CARD,
@@ -150,7 +158,22 @@ def test_tile_sizes_that_were_faster_make_a_tuning_file(file, tmp_path, monkeypa
         assert (dq.warps, dkv.stages) == (4, 1)
         assert (dq.block_m, dkv.warps) == (own[0].block_m, own[1].warps)
         assert len(tuning.measured()) == 1
+        kept = json.loads(target.read_text())
+        assert (kept["gpu"], kept["torch"]) == (CARD["gpu"], "2.11.0")
+        assert [t["fields"] for t in kept["trials"] if t["name"] == "dq"] == [None, [{"warps": 4}, {}], None, [{"warps": 2}, {}]]
     finally:
         monkeypatch.undo()
         tuning.measured.cache_clear()
         tune._forget()
+
+
+def test_tile_sizes_of_a_second_run_are_added(file, tmp_path):
+    """As bench.tune does it: what is of other entries stays, what is of another GPU is refused."""
+    target, mine = tmp_path / "tuning.json", {"function": "rows", "arguments": [576, 4], "entry": {"warps": 2}}
+    target.write_text(json.dumps({"gpu": CARD["gpu"], "entries": [mine]}))
+    assert report.main([str(file([CARD])), "--tuning", str(target)]) == 0
+    assert json.loads(target.read_text())["entries"] == [mine]
+    text = target.read_text()
+    with pytest.raises(ValueError, match="was measured on NVIDIA H100 80GB HBM3; this is NVIDIA H200"):
+        report.main([str(file([{**CARD, "gpu": "NVIDIA H200"}])), "--tuning", str(target)])
+    assert target.read_text() == text

@@ -152,9 +152,9 @@ def test_bounds():
     lines = traffic.step(MODELS["Llama-3.1-8B"].config(), 1, 1, 8192)
     assert total(lines, "moved") == pytest.approx(16.1e9, rel=0.01)
     assert traffic.seconds(lines, "H100") == pytest.approx(16.1e9 / 3.35e12, rel=0.01)
-    assert roofline.bound("A100", 2.039e12) == 1
-    assert roofline.bound("A100", 0, 312e12) == 1
-    assert roofline.bound("A100", 0, 19.5e12, itemsize=4) == 1
+    assert roofline.GPUS["A100"].bound(2.039e12) == 1
+    assert roofline.GPUS["A100"].bound(0, 312e12) == 1
+    assert roofline.GPUS["A100"].bound(0, 19.5e12, itemsize=4) == 1
 
 
 def test_the_command(capsys):

@@ -112,6 +112,12 @@ def test_nothing_found_is_lost(tmp_path, monkeypatch, forgetful):
     with pytest.raises(ValueError, match="measured on H; this is A: name another file"):
         tune.Record(file, "A")
     file.write_text("{}")
+    for content in ("[1]", "{}", '{"entries": []}', '{"entries": [], "gpu"'):
+        other = tmp_path / "other.json"
+        other.write_text(content)
+        with pytest.raises(ValueError, match="is no tuning file"):
+            tune.Record(other, "some GPU")
+        assert other.read_text() == content
     with pytest.raises(ValueError, match="no tuning file"):
         tune.Record(file, "H")
 

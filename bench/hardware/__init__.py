@@ -43,6 +43,11 @@ def carry_out(name, action, work):
     torch.cuda.synchronize()
 
 
+def at_hand(small):
+    """The Card, as a job: in a process of its own, so that who starts all others never touches the GPU, nor hangs with it."""
+    yield Card.at_hand(small)
+
+
 @dataclass(frozen=True)
 class Job:
     """name: unique within its section. work: what `run` takes. seconds: an estimate of the time on a fast card, `compiled` the

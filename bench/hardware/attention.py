@@ -17,7 +17,7 @@ from . import Job, facts
 
 PARALLEL = False
 TOKENS = 16384
-SHOWN = (64, 1024, 4096, 16384)  # lengths in the table
+LENGTHS = (64, 1024, 4096, 16384)  # in the table
 LONG = 0.5e-3  # seconds of device time that the host's part of a call, autograd's included, stays below
 OTHERS = ("flash", "cudnn", "math", "flex")  # columns of the table
 ORDER = ("trillama", "flash", "cudnn", "torch", "mask", "flash_attn", "math", "flex")
@@ -245,7 +245,7 @@ def show(results, known=()):
     for (kind, D, heads, kv, causal, S, batch), runs in cases.items():
         if kind == "cached":
             cached.append((f"{D} {heads}/{kv}", S, batch, *side(runs, ("flash", "mask"), "bytes", bandwidth, 2)))
-        elif kind == "varlen" or S in SHOWN:
+        elif kind == "varlen" or S in LENGTHS:
             mask = "varlen" if kind == "varlen" else "causal" if causal else "full"
             engines = ("torch", *OTHERS[1:]) if kind == "varlen" else OTHERS
             both = [cell for backward in (False, True) for cell in side(runs, engines, "flops", rate, 0, backward)]

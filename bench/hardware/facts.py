@@ -7,6 +7,7 @@ import datetime
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 
 import torch
@@ -25,7 +26,7 @@ def jobs(card):
         Job("card", {"what": "card"}, 1.0),
         Job("copy", {"what": "copy"}, 1.0),
         *(Job(f"product {n}", {"what": "product", "n": n}, 0.5 if n < 16384 else 2.0) for n in sizes),
-        Job("clocks", {"what": "clocks"}, 0.5),
+        Job("clocks", {"what": "clocks", "n": min(8192, sizes[-1])}, 2.5),
     ]
 
 
@@ -37,16 +38,17 @@ def run(what, n=None):
     elif what == "product":
         yield {"n": n, "flop_per_s": timing.product_rate(n)}
     else:
-        yield {"clocks": clocks()}
+        yield {"clocks": at_work(n)}
 
 
 def card():
+    asked = ask("driver_version", *CLOCKS)
     gpu = torch.cuda.get_device_properties(0)
     return {
         "gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory, "l2": gpu.L2_cache_size,
-        "multiprocessors": gpu.multi_processor_count, "driver": ask("driver_version"), "cuda": torch.version.cuda,
+        "multiprocessors": gpu.multi_processor_count, "driver": asked.pop("driver_version"), "cuda": torch.version.cuda,
         "versions": {name: version(name) for name in PACKAGES}, "python": platform.python_version(), "cpus": os.cpu_count(),
-        "date": datetime.datetime.now().isoformat(timespec="seconds"), "clocks": clocks(),
+        "date": datetime.datetime.now().isoformat(timespec="seconds"), "clocks": asked,
     }  # fmt: skip
 
 
@@ -57,18 +59,30 @@ def version(package):
         return None
 
 
-def clocks():
-    """As they are: nobody here sets any."""
-    return {name: ask(name) for name in CLOCKS}
+def at_work(n):
+    """The clocks as they are in the midst of products, a second and a half of them on a fast card: nobody here sets any."""
+    a = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+    for _ in range(1000 if n > 1024 else 1):
+        torch.mm(a, a, out=out)  # which the host does not wait for
+    time.sleep(0.5 if n > 1024 else 0)
+    found = ask(*CLOCKS)
+    torch.cuda.synchronize()
+    return found
 
 
-def ask(field):
-    """What nvidia-smi says of the first GPU, or None."""
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={field}", "--format=csv,noheader"]
+def ask(*fields):
+    """{field: what nvidia-smi says of this process's GPU, or None}: of the GPUs of the machine it may be any."""
+    command = ["nvidia-smi", f"--query-gpu=uuid,{','.join(fields)}", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
+        said = ""
+    rows = [line.split(", ") for line in said.splitlines()]
+    own = str(getattr(torch.cuda.get_device_properties(0), "uuid", "unknown"))
+    mine = [values for uuid, *values in rows if len(rows) == 1 or uuid.endswith(own)]
+    values = mine[0] if mine and len(mine[0]) == len(fields) else [None] * len(fields)
+    return {field: None if value and value.startswith("[") else value for field, value in zip(fields, values)}  # "[N/A]"
 
 
 def ceilings(results):
@@ -103,5 +117,6 @@ def show(results, known=()):
             of = f", {r['flop_per_s'] / sheet.tensor:.0%} of the datasheet's {sheet.tensor / 1e12:.0f}" if sheet else ""
             lines.append(f"bfloat16 product of {r['n']}: {r['flop_per_s'] / 1e12:.0f} TFLOP/s{of}")
         elif "clocks" in r:
-            lines.append("clocks after the products: " + ", ".join(f"{k} {v}" for k, v in r["clocks"].items() if v))
+            said = ", ".join(f"{k} {v}" for k, v in r["clocks"].items() if v)
+            lines.append(f"clocks in the midst of products: {said or 'nvidia-smi says nothing of this GPU'}")
     return lines

@@ -13,7 +13,7 @@ from ... import kernels
 from ...kernels import decode_attention, reference, use_backend
 from ...kernels.dispatch import dependent_launch
 from ...model import KVCache, Llama, generate, generation
-from .. import oracle, proofs
+from .. import oracle, proofs, timing
 from ..apart import one_line
 from ..cases import DTYPES, Model
 from . import Job
@@ -159,7 +159,7 @@ def run(what, **work):
 def verdict(op, case, dtype, prove, border=BORDER):
     """The result of one case: ok, or failed and why; and the comparison that came nearest to what is allowed. Nothing else of the
     job suffers, as long as the device does as it is told. border: 0 leaves memory as it is."""
-    result, start = {"op": op, "case": case, "dtype": dtype}, time.monotonic()
+    result, start, doubt = {"op": op, "case": case, "dtype": dtype}, time.monotonic(), False
     with oracle.measured() as found:
         try:
             with proofs.poisoned(border) if border else contextlib.nullcontext():
@@ -171,11 +171,16 @@ def verdict(op, case, dtype, prove, border=BORDER):
             text = str(error).strip() if isinstance(error, AssertionError) else one_line(error)
             text = text or traceback.extract_tb(error.__traceback__)[-1].line  # of a bare assertion
             result |= {"status": "failed", "error": f"{case}, {dtype}: {text}"[:400]}
+            doubt = not isinstance(error, AssertionError)
     if found:
         wrong, allowed = max(found, key=lambda pair: pair[0] / pair[1])
         result |= {"wrong": wrong if wrong < math.inf else None, "allowed": allowed}  # None: NaN, or infinite where it must not be
     yield {**result, "seconds": round(time.monotonic() - start, 3)}
     torch.cuda.synchronize()  # raises where the device is lost
+    if doubt:
+        timing.Captures.look()
+    if timing.Captures.broken:
+        raise RuntimeError("after a capture that failed the rest of the job would prove nothing")
 
 
 def ops(op, dtype, names):
@@ -429,11 +434,6 @@ def _calls(dtype):
 
 def compiled(names):
     """torch.compile(fullgraph=True) gives what the call alone gives, and the same gradients."""
-    with contextlib.suppress(ImportError, AttributeError):
-        import torch._inductor.config
-
-        torch._inductor.config.compile_threads = 1  # every worker would start as many processes as there are cores
-
     for name in names:
 
         def prove(name=name):

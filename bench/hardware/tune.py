@@ -56,25 +56,30 @@ def run(name, model, dtype, function, arguments, fields, tokens):
     }  # fmt: skip
 
 
+def trials(results):
+    """Those that are of a candidate: others say how a job ended."""
+    return [r for r in results if "candidate" in r]
+
+
 def best(results):
     """{(name, model): the result of the fastest candidate, or one of those without a gain}."""
     found = {}
-    for r in results:
+    for r in trials(results):
         key = r["name"], r["model"]
         if key not in found or r.get("gain", 0) > found[key].get("gain", 0):
             found[key] = r
     return found
 
 
-def entries(results):
-    """What a file for TRILLAMA_TUNING lists: the candidates that gain more than 2 %, those of a pair of entries put together."""
+def keep(results, record):
+    """Puts what was measured into a tune.Record, each candidate beside the table's own entry of its process."""
     found = {}
-    for r in best(results).values():
-        if r.get("gain", 0) * tune.GAIN > 1:
-            key, fields = (r["function"], tuple(r["arguments"])), json.loads(r["candidate"])
-            before = found.get(key)
-            found[key] = [{**a, **b} for a, b in zip(before, fields)] if isinstance(before, list) else fields
-    return [{"function": function, "arguments": list(arguments), "entry": entry} for (function, arguments), entry in found.items()]
+    for r in trials(results):
+        trial = tune.Trial(json.loads(r["candidate"]), r["us"] / 1e6 if "us" in r else None, r["reason"])
+        target = tune.Target(r["name"], r["model"], r["dtype"])
+        found.setdefault((target, r["function"], tuple(r["arguments"])), []).extend([tune.Trial(None, r["own_us"] / 1e6), trial])
+    for (target, *key), beside in found.items():
+        record.note(target, tuple(key), beside, complete=True)
 
 
 def show(results, known=()):
@@ -83,6 +88,6 @@ def show(results, known=()):
         gain = r.get("gain", 0)
         fields = r["candidate"] if gain > 1 else "the table's own"
         rows.append((name, model, r["shape"], f"{r['own_us']:.1f}", f"{r['us']:.1f}" if gain else "-", f"{gain:.2f}x", fields))
-    tried = sum(r["reason"] is None for r in results)
+    tried = sum(r["reason"] is None for r in trials(results))
     header = ("entry", "model", "shape", "us", "best us", "gain", "fields")
-    return [*plots.table(header, rows, left=3), f"{len(results)} candidates, {tried} of them fit and computed the same"]
+    return [*plots.table(header, rows, left=3), f"{len(trials(results))} candidates, {tried} of them fit and computed the same"]
