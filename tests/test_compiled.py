@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from trillama.bench import xray
-from trillama.bench.cases import OPS, available, case
+from trillama.bench.cases import FURTHER, OPS, available, case
 from trillama.bench.peers import why_not
 from trillama.kernels import tuning
 
@@ -242,3 +242,16 @@ def test_amd_compiles(name):
     op, backward = KINDS[NAMES.index(name)]
     (r, *_) = xray.survey([case(op, "Llama-3.1-8B", backward=backward)], ["gfx942"])
     assert not violations({**r, "op": "", "loop": None, "loads": {}, "stores": {}} if "error" not in r else r)
+
+
+@pytest.fixture(scope="module")
+def further():
+    return xray.survey([case(op, "Llama-3.1-8B", backward=backward) for op in FURTHER for backward in (False, True)])
+
+
+@pytest.mark.parametrize("name", [op + backward for op in FURTHER for backward in ("", " backward")])
+def test_no_option_of_attention_spills(further, name):
+    mine = [r for r in further if r["op"] == name]
+    assert {r["arch"] for r in mine} == set(xray.USUAL)
+    found = {(r["arch"], r.get("kernel")): r.get("error") or (r["spills"], r["stack"]) for r in mine}
+    assert {where: what for where, what in found.items() if what != (0, 0)} == {}
