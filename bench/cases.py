@@ -334,8 +334,8 @@ FURTHER = {
     f"flash_attention {name}": _optional(*options)
     for name, options in {
         "unmasked": ({"causal": False},), "lse": ({"return_lse": True},), "window": (_WINDOW,), "softcap": (_SOFTCAP,),
-        "window softcap": (_WINDOW | _SOFTCAP,), "packed": ({}, True), "packed window": (_WINDOW, True),
-        "packed window softcap": (_WINDOW | _SOFTCAP, True),
+        "window softcap": (_WINDOW | _SOFTCAP,), "packed": ({}, True), "packed lse": ({"return_lse": True}, True),
+        "packed window": (_WINDOW, True), "packed window softcap": (_WINDOW | _SOFTCAP, True),
     }.items()
 }  # fmt: skip
 

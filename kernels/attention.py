@@ -510,7 +510,7 @@ def _strides(x, starts):
     """Strides of [B, H, S, D] for a kernel. Packed sequences share one batch row. The distance of two rows is a property of the
     model, not of lengths, so it is compiled in: the addresses of a tile then need one register instead of one each."""
     batch, head, row, column = x.stride()
-    return 0 if starts is not None else batch, head, tl.constexpr(row) if column == 1 else row, column
+    return tl.constexpr(0) if starts is not None else batch, head, tl.constexpr(row) if column == 1 else row, column
 
 
 def _section(x, heads, group):
