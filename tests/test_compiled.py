@@ -255,7 +255,7 @@ STACK = {
     ("flash_attention packed window softcap", "sm_90"): 16, ("flash_attention packed window softcap", "sm_100"): 8,
 }  # fmt: skip
 if OLD:
-    STACK = {}
+    STACK = {("flash_attention packed window", "sm_100"): 8}
 
 
 @pytest.mark.parametrize("name", [op + backward for op in FURTHER for backward in ("", " backward")])
