@@ -193,7 +193,7 @@ def attention_backward(arch, head_dim, itemsize):
     """The backward pass: the kernel for dq, which walks the keys, and the one for dk and dv, which walks the queries."""
     if itemsize == 4:
         if head_dim <= 64:
-            return Attention(32, 32, 4, 1), Attention(32, 32, 4, 1)
+            return Attention(32, 32, 4, 1), Attention(32, 32, 8 if arch in (86, 89) else 4, 1)  # of 4 warps ptxas spills there
         return Attention(16, 16, 8, 1), Attention(32 if head_dim <= 128 else 16, 16, 8, 1)
     edges = None if arch == 90 else 1  # one tile at a time: a loop so short, pipelined, costs too many registers
     gather = TRITON < (3, 7)  # later ones do so by themselves, but for a few registers
