@@ -3,6 +3,7 @@
 Tensors have the layout of the model: q, k, v are views of one packed projection, transposed; so are gate and up.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class Case:
 
     @property
     def label(self):
-        return OPS[self.op].label(self)
+        return form(self.op).label(self)
 
     @property
     def shape(self):
@@ -64,7 +65,7 @@ class Case:
                 return torch.empty(shape, dtype=DTYPES[self.dtype], device=device)
             return torch.randn(shape, device=device).to(DTYPES[self.dtype])
 
-        return OPS[self.op].inputs(self, make)
+        return form(self.op).inputs(self, make)
 
     def prepare(self, inputs):
         """What is looked at, as a function of no arguments: the call of the op, or with `backward` the gradients of its outputs,
@@ -74,7 +75,7 @@ class Case:
         function = engine(self)
         if not self.backward:
             return torch.no_grad()(lambda: function(**inputs))
-        leaves = {name: inputs[name].detach().requires_grad_() for name in OPS[self.op].differentiable}
+        leaves = {name: inputs[name].detach().requires_grad_() for name in form(self.op).differentiable}
         outputs = function(**{**inputs, **leaves})
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         gradients = [torch.ones_like(o) for o in outputs]
@@ -83,7 +84,7 @@ class Case:
     @property
     def moved(self):
         """The least bytes through memory: every input read once, every output written once, as far as they are needed."""
-        op = OPS[self.op]
+        op = form(self.op)
         return (op.moved_backward if self.backward else op.moved)(self.inputs("meta", empty=True))
 
     @property
@@ -99,7 +100,7 @@ class Case:
     @property
     def flops(self):
         """FLOP of the matrix products, 0 for ops that have none. The backward counts as two and a half forwards."""
-        return round(OPS[self.op].flops(self.inputs("meta", empty=True)) * (2.5 if self.backward else 1))
+        return round(form(self.op).flops(self.inputs("meta", empty=True)) * (2.5 if self.backward else 1))
 
 
 @dataclass(frozen=True)
@@ -304,6 +305,46 @@ OPS = {
 }  # fmt: skip
 
 
+def _optional(options, packed=False):
+    """flash_attention with some of its options, on the same tensors; packed: as sequences of 512 tokens one behind the other."""
+
+    def inputs(c, make):
+        a = _attention(c, make)
+        if packed:
+            longest = min(512, c.tokens)
+            starts = torch.arange(0, c.tokens + 1, longest, dtype=torch.int32, device=a["q"].device)
+            a = {name: t[0].transpose(0, 1) for name, t in a.items()}
+            a |= {f"{what}_{x}": value for what, value in (("cu_seqlens", starts), ("max_seqlen", longest)) for x in "qk"}
+        return {**a, **options}
+
+    def products(a):
+        S, D, window = a.get("max_seqlen_q", a["q"].shape[-2]), a["q"].shape[-1], options.get("window")
+        seen = S * S if options.get("causal") is False else sum(min(i + 1, window or S) for i in range(S))
+        return 4 * a["q"].numel() // (S * D) * seen * D
+
+    return dataclasses.replace(
+        OPS["flash_attention"], inputs=inputs, flops=products, function="flash_attention" + "_varlen" * packed,
+        moved_backward=lambda a: 4 * size(a["q"], a["k"]) + 4 * a["q"].shape[:-1].numel(),
+    )  # fmt: skip
+
+
+_WINDOW, _SOFTCAP = {"window": 1024}, {"softcap": 50.0}
+# What of an op no table or benchmark lists and whose code is looked at all the same.
+FURTHER = {
+    f"flash_attention {name}": _optional(*options)
+    for name, options in {
+        "unmasked": ({"causal": False},), "lse": ({"return_lse": True},), "window": (_WINDOW,), "softcap": (_SOFTCAP,),
+        "window softcap": (_WINDOW | _SOFTCAP,), "packed": ({}, True), "packed lse": ({"return_lse": True}, True),
+        "packed window": (_WINDOW, True), "packed window softcap": (_WINDOW | _SOFTCAP, True),
+    }.items()
+}  # fmt: skip
+
+
+def form(op):
+    """The Op of that name."""
+    return OPS[op] if op in OPS else FURTHER[op]
+
+
 def available():
     """The ops that this version of trillama.kernels has."""
     return [name for name, op in OPS.items() if hasattr(kernels, op.function or name)]
@@ -311,6 +352,6 @@ def available():
 
 def case(op, model, *, batch=1, tokens=None, context=None, dtype="bf16", backward=False, engine="trillama"):
     """A case with the phase's usual shape: 4096 tokens of prefill, or one token after 8192."""
-    decode = OPS[op].phase == "decode"
+    decode = form(op).phase == "decode"
     tokens = tokens or (1 if decode else 4096)
     return Case(op, model, batch, tokens, context or (8192 if decode else tokens), dtype, backward, engine)

@@ -13,7 +13,7 @@ from torch import nn
 from .. import kernels
 from ..kernels import QuantizedWeight, rope_tables
 from ..model.llama import unpacked
-from .cases import OPS
+from .cases import OPS, form
 
 # --- plain PyTorch, as transformers writes it ----------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ PACKAGES = {"liger": "liger_kernel", "flash_attn": "flash_attn"}
 
 def engine(c):
     """The function with which the case's engine computes its op."""
-    function = OPS[c.op].function or c.op
+    function = form(c.op).function or c.op
     if c.engine == "trillama":
         return getattr(kernels, function)
     if c.engine == "compile":

@@ -149,6 +149,16 @@ def _range(m, rows, columns, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 
 @jit
+def _edge_tiles(low, a, b, high, left):
+    """(start, stop) of one walk over the tiles at both edges: from a on they lie b - a further, the gap between the edges. A loop
+    for each edge would cost registers for each."""
+    if left is None:
+        return b, high
+    else:
+        return low, high - (b - a)
+
+
+@jit
 def _edges(m, rows, columns, left, right, BLOCK_M: tl.constexpr):
     """(first, one past the last) column that each of the rows m .. m + BLOCK_M sees; first means nothing without a left limit.
     Rows that are none see what the last one does."""
@@ -197,11 +207,13 @@ def _scores(
 def _forward_steps(
     q, acc, total, top, k, v, start, stop, T, starts, stops, left, scale, softcap, k_strides, v_strides,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    MASKED: tl.constexpr, RISING: tl.constexpr, STAGES: tl.constexpr = None,
+    MASKED: tl.constexpr, RISING: tl.constexpr, a=None, gap=None, STAGES: tl.constexpr = None,
 ):  # fmt: skip
     """Walks the keys start .. stop: acc and total are the sums of the weighted values and of the weights, relative to exp2(top).
     top rises with the largest score (base 2), or, if not RISING, stays what it is."""
     for n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+        if gap is not None:
+            n = tl.where(n < a, n, n + gap)
         s, unit = _scores(q, k, n, T, scale, softcap, k_strides, D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, MASKED)
         if MASKED:
             s = tl.where(_seen(n, starts, stops, left, BLOCK_N), s * unit, float("-inf"))
@@ -249,6 +261,7 @@ def _forward_kernel(
     v_ptr += batch * v_strides[0] + kv_head * v_strides[1] + start_k * v_strides[2]
 
     low, a, b, high = _range(m, S, T, left, right, BLOCK_M, BLOCK_N)
+    start, stop = _edge_tiles(low, a, b, high, left)
     starts, stops = _edges(m, S, T, left, right, BLOCK_M)
     factor = _base2(scale, softcap)
     q_ptr += m * tl.cast(q_strides[2], tl.int64)
@@ -266,14 +279,9 @@ def _forward_kernel(
     if a < b and (blind or limit == LIMIT16):
         s, unit = _scores(q, k, a, T, factor, softcap, k_strides, D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, False)
         top = tl.max(s, 1) * unit
-    if left is not None:
-        acc, total, top = _forward_steps(
-            q, acc, total, top, k, v, low, a, T, starts, stops, left, factor, softcap, k_strides, v_strides,
-            D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True, True,
-        )  # fmt: skip
     acc, total, top = _forward_steps(
-        q, acc, total, top, k, v, b, high, T, starts, stops, left, factor, softcap, k_strides, v_strides,
-        D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True, True,
+        q, acc, total, top, k, v, start, stop, T, starts, stops, left, factor, softcap, k_strides, v_strides,
+        D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True, True, a, None if left is None else b - a,
     )  # fmt: skip
     acc, total, top = _forward_steps(
         q, acc, total, top, k, v, a, b, T, starts, stops, left, factor, softcap, k_strides, v_strides,
@@ -284,7 +292,7 @@ def _forward_kernel(
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc, total, top = _forward_steps(
             q, acc, total, top, k, v, low, high, T, starts, stops, left, factor, softcap, k_strides, v_strides,
-            D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True, True, 1,
+            D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True, True, None, None, 1,
         )  # fmt: skip
 
     out_ptr += batch * out_strides[0] + head * out_strides[1] + start_q * out_strides[2]
@@ -328,9 +336,11 @@ def _weights(s, lse, softcap):
 def _dq_steps(
     q, dout, lse, delta, dq, k, v, start, stop, T, starts, stops, left, scale, softcap, k_strides, v_strides,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, a=None, gap=None,
 ):  # fmt: skip
     for n in range(start, stop, BLOCK_N):
+        if gap is not None:
+            n = tl.where(n < a, n, n + gap)
         k_tile = _tile(k, n, T, k_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS, MASKED)
         v_tile = _tile(v, n, T, v_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS, MASKED)
         s = _dot(q, k_tile.T, None, PRECISION) * scale
@@ -339,9 +349,9 @@ def _dq_steps(
         p = _weights(s, lse[:, None], softcap)
         if MASKED:
             p = tl.where(_seen(n, starts, stops, left, BLOCK_N), p, 0.0)
-        ds = p * (_dot(dout, v_tile.T, None, PRECISION) - delta[:, None])
         if softcap is not None:
-            ds *= 1.0 - s * s
+            p *= 1.0 - s * s
+        ds = p * (_dot(dout, v_tile.T, None, PRECISION) - delta[:, None])
         dq = _dot(ds.to(k_tile.dtype), k_tile, dq, PRECISION)
     return dq
 
@@ -366,6 +376,7 @@ def _dq_kernel(
     k_ptr += batch * k_strides[0] + kv_head * k_strides[1] + start_k * k_strides[2]
     v_ptr += batch * v_strides[0] + kv_head * v_strides[1] + start_k * v_strides[2]
     low, a, b, high = _range(m, S, T, left, right, BLOCK_M, BLOCK_N)
+    start, stop = _edge_tiles(low, a, b, high, left)
     starts, stops = _edges(m, S, T, left, right, BLOCK_M)
     factor = _base2(scale, softcap)
 
@@ -378,18 +389,13 @@ def _dq_kernel(
     k = _matrix(k_ptr, T, k_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
     v = _matrix(v_ptr, T, v_strides, BLOCK_N, D, BLOCK_D, DESCRIPTORS)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if left is not None:
-        dq = _dq_steps(
-            q, dout, lse, delta, dq, k, v, low, a, T, starts, stops, left, factor, softcap, k_strides, v_strides,
-            D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True,
-        )  # fmt: skip
     dq = _dq_steps(
         q, dout, lse, delta, dq, k, v, a, b, T, starts, stops, left, factor, softcap, k_strides, v_strides,
         D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, False,
     )  # fmt: skip
     dq = _dq_steps(
-        q, dout, lse, delta, dq, k, v, b, high, T, starts, stops, left, factor, softcap, k_strides, v_strides,
-        D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True,
+        q, dout, lse, delta, dq, k, v, start, stop, T, starts, stops, left, factor, softcap, k_strides, v_strides,
+        D, BLOCK_D, BLOCK_N, PRECISION, DESCRIPTORS, True, a, None if left is None else b - a,
     )  # fmt: skip
     dq_ptr += batch * dq_strides[0] + head * dq_strides[1] + start_q * dq_strides[2]
     _store(dq_ptr, dq * tl.cast(scale, tl.float32), m, S, dq_strides, BLOCK_M, D, BLOCK_D)
@@ -399,13 +405,15 @@ def _dq_kernel(
 def _dkv_steps(
     k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, start, stop, S, starts, stops, right, scale, softcap, q_strides,
     dout_strides, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, GATHER: tl.constexpr,
-    MASKED: tl.constexpr, STAGES: tl.constexpr = None,
+    MASKED: tl.constexpr, a=None, gap=None, STAGES: tl.constexpr = None,
 ):  # fmt: skip
     """Everything is transposed, keys by queries: the weights are then the left operand of the products with dout and q.
 
     GATHER: lse and delta reach the threads through shared memory. They would anyway; but a gather of everything in its place cannot
     be moved into the load, where every thread would copy all rows of its scores, with an address in registers for each."""
     for m in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
+        if gap is not None:
+            m = tl.where(m < a, m, m + gap)
         row = m + tl.arange(0, BLOCK_M)
         if MASKED:
             lse = tl.load(lse_ptr + row, row < S, other=float("inf"))
@@ -424,9 +432,9 @@ def _dkv_steps(
         if MASKED:
             p = tl.where(_seen(m, starts, stops, right, BLOCK_M), p, 0.0)
         dv = _dot(p.to(dout.dtype), dout, dv, PRECISION)
-        ds = p * (_dot(v, dout.T, None, PRECISION) - delta[None, :])
         if softcap is not None:
-            ds *= 1.0 - s * s
+            p *= 1.0 - s * s  # here, so that s need not wait for the product
+        ds = p * (_dot(v, dout.T, None, PRECISION) - delta[None, :])
         dk = _dot(ds.to(q.dtype), q, dk, PRECISION)
     return dk, dv
 
@@ -454,6 +462,7 @@ def _dkv_kernel(
     lse_ptr += first
     delta_ptr += first
     low, a, b, high = _range(n, T, S, right, left, BLOCK_N, BLOCK_M)
+    start, stop = _edge_tiles(low, a, b, high, right)
     starts, stops = _edges(n, T, S, right, left, BLOCK_N)
     factor = _base2(scale, softcap)
 
@@ -462,18 +471,13 @@ def _dkv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for _ in range(GROUP):
-        if right is not None:
-            dk, dv = _dkv_steps(
-                k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, low, a, S, starts, stops, right, factor, softcap, q_strides,
-                dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, GATHER, True, EDGE_STAGES,
-            )  # fmt: skip
+        dk, dv = _dkv_steps(
+            k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, start, stop, S, starts, stops, right, factor, softcap, q_strides,
+            dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, GATHER, True, a, None if right is None else b - a, EDGE_STAGES,
+        )  # fmt: skip
         dk, dv = _dkv_steps(
             k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, a, b, S, starts, stops, right, factor, softcap, q_strides,
             dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, GATHER, False,
-        )  # fmt: skip
-        dk, dv = _dkv_steps(
-            k, v, dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, high, S, starts, stops, right, factor, softcap, q_strides,
-            dout_strides, D, BLOCK_D, BLOCK_M, PRECISION, GATHER, True, EDGE_STAGES,
         )  # fmt: skip
         q_ptr += q_strides[1]
         dout_ptr += dout_strides[1]
@@ -506,7 +510,7 @@ def _strides(x, starts):
     """Strides of [B, H, S, D] for a kernel. Packed sequences share one batch row. The distance of two rows is a property of the
     model, not of lengths, so it is compiled in: the addresses of a tile then need one register instead of one each."""
     batch, head, row, column = x.stride()
-    return 0 if starts is not None else batch, head, tl.constexpr(row) if column == 1 else row, column
+    return tl.constexpr(0) if starts is not None else batch, head, tl.constexpr(row) if column == 1 else row, column
 
 
 def _section(x, heads, group):
@@ -519,6 +523,7 @@ def _constants(tile, x):
     return {
         "D": x.shape[3], "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": tuning.block_d(x.shape[3]),
         "PRECISION": _precision(x), "num_warps": tile.warps, "num_stages": tile.stages,
+        **({"maxnreg": tile.registers} if tile.registers else {}),
         "enable_fp_fusion": True,  # a score times the scale minus the maximum is one instruction; Triton 3.10 no longer says so
     }  # fmt: skip
 

@@ -138,7 +138,7 @@ def _embed_kernel(
     await_inputs(PDL)
     row = tl.program_id(1).to(tl.int64)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    id = tl.load(ids_ptr + row)
+    id = tl.full((BLOCK,), tl.load(ids_ptr + row), tl.int64)  # Triton 3.9's interpreter takes no scalar for a part of a mask
     known = (col < N) & (id >= 0) & (id < VOCABULARY)
     x = tl.load(table_ptr + id * table_strides[0] + col.to(tl.int64) * table_strides[1], known, other=float("nan"))
     tl.store(x_ptr + row * N + col, x, col < N)

@@ -155,7 +155,8 @@ def decode(arch, head_dim, itemsize, rows):
 class Attention:
     """A tile of block_m queries that walks the keys block_n at a time, `stages` tiles of keys and values in flight, read through
     tensor descriptors or pointers. In the kernel for dk and dv, edge_stages: those at the edges of the mask, None: as elsewhere;
-    gather: a few threads copy the statistics of a tile, not each thread all that it needs of them (attention._dkv_steps)."""
+    gather: a few threads copy the statistics of a tile, not each thread all that it needs of them (attention._dkv_steps).
+    registers: a limit, None is ptxas' own."""
 
     block_m: int
     block_n: int
@@ -164,6 +165,7 @@ class Attention:
     descriptors: bool = False
     edge_stages: int | None = None
     gather: bool = False
+    registers: int | None = None
 
 
 def block_d(head_dim):
@@ -191,16 +193,20 @@ def attention_backward(arch, head_dim, itemsize):
     """The backward pass: the kernel for dq, which walks the keys, and the one for dk and dv, which walks the queries."""
     if itemsize == 4:
         if head_dim <= 64:
-            return Attention(32, 32, 4, 1), Attention(32, 32, 4, 1)
+            return Attention(32, 32, 4, 1), Attention(32, 32, 8 if arch in (86, 89) else 4, 1)  # of 4 warps ptxas spills there
         return Attention(16, 16, 8, 1), Attention(32 if head_dim <= 128 else 16, 16, 8, 1)
     edges = None if arch == 90 else 1  # one tile at a time: a loop so short, pipelined, costs too many registers
     gather = TRITON < (3, 7)  # later ones do so by themselves, but for a few registers
+    # One program fills the shared memory of sm_100; yet ptxas spills there rather than pass the 128 registers that would leave two.
+    registers = 255 if arch == 100 and head_dim > 64 else None
     if head_dim <= 64:
         return Attention(128, 64, 8, 2), Attention(64 if arch in (90, 100) else 32, 128, 8, 2, False, edges, gather)
     if head_dim <= 128:
-        dq = Attention(128, 32, 8, 3) if arch < 90 else Attention(128, 64, 8, 2)
+        dq = Attention(128, 32, 8, 3) if arch < 90 else Attention(128, 64, 8, 2, registers=registers)
         # On sm_90 128 keys, so that queries are read half as often; they fit, in any version, by those few registers.
-        return dq, Attention(32, 128, 8, 3, False, 1, True) if arch == 90 else Attention(64, 64, 8, 2, False, edges, gather)
+        if arch == 90:
+            return dq, Attention(32, 128, 8, 3, False, 1, True)
+        return dq, Attention(64, 64, 8, 2, False, edges, gather, registers)
     return Attention(64, 16 if arch in (86, 89, 120) else 32, 8, 2), Attention(32, 32, 8, 2, False, edges, gather)
 
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from trillama.bench import xray
-from trillama.bench.cases import OPS, available, case
+from trillama.bench.cases import FURTHER, OPS, available, case
 from trillama.bench.peers import why_not
 from trillama.kernels import tuning
 
@@ -245,3 +245,27 @@ def test_amd_compiles(name):
     op, backward = KINDS[NAMES.index(name)]
     (r, *_) = xray.survey([case(op, "Llama-3.1-8B", backward=backward)], ["gfx942"])
     assert not violations({**r, "op": "", "loop": None, "loads": {}, "stores": {}} if "error" not in r else r)
+
+
+@pytest.fixture(scope="module")
+def further():
+    return xray.survey([case(op, "Llama-3.1-8B", backward=backward) for op in FURTHER for backward in (False, True)])
+
+
+# Bytes of stack, all used around the loops (bench/LOG.md): the forward keeps 255 registers busy without offsets of sequences.
+STACK = {
+    ("flash_attention packed", "sm_100"): 16, ("flash_attention packed lse", "sm_100"): 32,
+    ("flash_attention packed window softcap", "sm_90"): 16, ("flash_attention packed window softcap", "sm_100"): 8,
+}  # fmt: skip
+if OLD:
+    STACK = {("flash_attention packed window", "sm_100"): 8}
+
+
+@pytest.mark.parametrize("name", [op + backward for op in FURTHER for backward in ("", " backward")])
+def test_no_option_of_attention_spills(further, name):
+    mine = [r for r in further if r["op"] == name]
+    assert {r["arch"] for r in mine} == set(xray.USUAL)
+    assert not [r["error"] for r in mine if "error" in r]
+    allowed = {r["arch"]: STACK.get((name, r["arch"]), 0) for r in mine}
+    spilled = {(r["arch"], r["kernel"]): (r["spills"], r["stack"]) for r in mine if r["spills"] or r["stack"]}
+    assert {where: what for where, what in spilled.items() if what[1] > allowed[where[0]]} == {}
