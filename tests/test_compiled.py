@@ -1,8 +1,8 @@
 """Budgets of the compiled kernels, held without a GPU: what every default tuning entry must be made of, on every architecture.
 
 The default set is the shapes of Llama-3.1-8B in bfloat16 on sm_80, sm_90 and sm_100; the long set is every shape that the x-ray
-knows, in two dtypes, on all of NVIDIA's architectures. They hold for whichever Triton is installed; CI runs the default set under
-the oldest and the newest that setup.py promises.
+knows, in two dtypes, on all of NVIDIA's architectures, and the options of attention. They hold for whichever Triton is installed;
+CI runs the default set and the options under the oldest and the newest that setup.py promises.
 """
 
 import os
@@ -261,6 +261,7 @@ if OLD:
     STACK = {("flash_attention packed window", "sm_100"): 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [op + backward for op in FURTHER for backward in ("", " backward")])
 def test_no_option_of_attention_spills(further, name):
     mine = [r for r in further if r["op"] == name]
