@@ -197,6 +197,15 @@ def test_torch_compile_and_opcheck():
         torch.library.opcheck(_op, (x, small.data, small.scale, small.minimum, options["norm"], 1e-5, None, "swiglu", None))
 
 
+@pytest.mark.host
+@pytest.mark.parametrize("bits", [8, 4])
+def test_nothing_that_a_mode_has_made_stays_with_a_weight(bits):
+    x, weight = torch.randn(2, 64, dtype=torch.bfloat16), quantize(torch.randn(32, 64), bits)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert decode_linear(mode.from_tensor(x), weight).shape == (2, 32)
+    assert type(decode_linear(x, weight)) is torch.Tensor
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
