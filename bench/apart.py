@@ -242,7 +242,8 @@ def _serve(connection, log, rehearse, alone):
                 function, arguments = connection.recv()
             except EOFError:
                 return
-            print(f"{JOB}{function.__module__}.{function.__name__} {arguments}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a full disk
+                print(f"{JOB}{function.__module__}.{function.__name__} {arguments}", file=sys.stderr, flush=True)
             status, error = _attempt(function, arguments, lambda value: connection.send(("value", value)))
             lost = _lost(status)
             connection.send(("end", (status, error, lost)))

@@ -302,7 +302,8 @@ def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=N
     """
     if not isinstance(weight, QuantizedWeight):
         return _call(x, weight, None, None, norm, eps, residual, activation, bias)
-    if weight.data.is_cpu and not torch.compiler.is_compiling() and backend() != "triton":
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if weight.data.is_cpu and not watched and backend() != "triton":
         _check(x, weight, norm, residual, activation, bias)  # the reference takes the object, which remembers its form for CPUs
         return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
     return _call(x, weight.data, weight.scale, weight.minimum, norm, eps, residual, activation, bias)

@@ -24,6 +24,7 @@ class QuantizedWeight:
 
     data: int8 [N, K]; or uint8 [N, K / 2], where byte j of a group of G columns holds column j in its low and column j + G / 2 in
     its high half. scale: [N, 1] or [N, K / G]. minimum: like scale, None in 8 bits. Of these follow bits, shape [N, K], group.
+    Views become contiguous: the kernels know no other layout.
     """
 
     data: torch.Tensor
@@ -31,6 +32,9 @@ class QuantizedWeight:
     minimum: Optional[torch.Tensor] = None
 
     def __post_init__(self):
+        for name in ("data", "scale", "minimum"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, getattr(self, name).contiguous())
         bits = 8 if self.minimum is None else 4
         shape = torch.Size((self.data.shape[0], self.data.shape[1] * 8 // bits))
         for name, value in (("bits", bits), ("shape", shape), ("group", shape[1] // self.scale.shape[1])):
@@ -81,9 +85,9 @@ class QuantizedWeight:
         N, K = self.shape
         few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[:-1].numel() <= 16
         if few and self.packed is not None:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.reshape(-1, K), self.packed[0], self.group, self.packed[1])
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(_dense(x), self.packed[0], self.group, self.packed[1])
         elif few and self.bits == 8 and K % 32 == 0 and N % 16 == 0:  # it reads past the end of other shapes
-            y = torch._weight_int8pack_mm(x.reshape(-1, K), self.data, self.scale.flatten().to(x.dtype))
+            y = torch._weight_int8pack_mm(_dense(x), self.data, self.scale.flatten().to(x.dtype))
         else:
             step = max(1, TILE // max(1, K))
             y = x.new_empty((x.shape[:-1].numel(), N))
@@ -121,6 +125,12 @@ def quantize(weight, bits=8, group=32):
     q = ((w - minimum.float().unsqueeze(-1)) / _divisor(scale).unsqueeze(-1)).round().clamp(0, 15).to(torch.uint8)
     half = group // 2
     return QuantizedWeight((q[..., :half] | q[..., half:] << 4).flatten(1), scale, minimum)
+
+
+def _dense(x):
+    """x as contiguous rows from a 16-byte boundary on: PyTorch's kernel for 8 bits crashes on others."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
 def _round_up(scale):

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import pickle
@@ -344,6 +345,27 @@ def test_an_error_of_the_command_leaves_the_summary(begun):
     assert "facts: the run: failed: AttributeError: a bug" in text
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+def test_nobody_has_to_read_what_is_printed(begun, monkeypatch, error):
+    """`| head`, a terminal that was closed, a log on a disk that is full: what is measured is written down all the same."""
+
+    class Gone(io.TextIOWrapper):
+        def flush(self):
+            raise error
+
+    def job(name):
+        yield {"i": 1, "status": "failed", "error": "so"}
+
+    begun.job = job
+    with open(os.devnull, "wb") as nowhere:
+        monkeypatch.setattr(sys, "stdout", Gone(nowhere, write_through=True))
+        status, lines, text = begun("--only", "facts")
+        monkeypatch.undo()
+    assert status == 1
+    assert {line["status"] for line in lines} == {"failed"}
+    assert "facts: copy: failed: so" in text
+
+
 def test_a_gpu_that_does_not_answer_is_one_line(begun, monkeypatch, capsys):
     from trillama.model import cli
 
@@ -355,19 +377,29 @@ def test_a_gpu_that_does_not_answer_is_one_line(begun, monkeypatch, capsys):
     assert capsys.readouterr().err == "trillama: error: the GPU cannot be asked: no answer within 120 s\n"
 
 
-def test_only_the_first_signal_counts():
-    """`timeout` sends two."""
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+def test_only_the_first_signal_counts(first):
+    """`timeout` sends two; a terminal that is closed sends another."""
     before = signal.getsignal(signal.SIGTERM)
     seen = []
     with command.interruptible():
         try:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(first)
         except KeyboardInterrupt:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGINT)
             seen.append("the summary")
     assert seen == ["the summary"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with command.interruptible():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_goes_before_leaves_time(begun):

@@ -128,6 +128,32 @@ def test_quantised_weights_in_plain_pytorch(bits, group, rows, monkeypatch):
                 run("cpu", x, weight, {})
 
 
+def lying(how, t):
+    """The numbers of t [M, N] in memory of another kind."""
+    if how == "transposed":
+        return t.T.contiguous().T
+    if how == "every other row":
+        return torch.stack((t, t), 1).flatten(0, 1)[::2]
+    if how == "part of longer rows":
+        return torch.cat((t, t[:, :1]), 1)[:, :-1]
+    return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
+
+
+@kinds
+@pytest.mark.parametrize("how", ["transposed", "every other row", "part of longer rows", "one element on"])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_quantised_weights_and_rows_lie_anywhere(request, bits, group, how, backend):
+    """PyTorch's kernel for 8 bits crashes on rows that are not aligned, and refuses most views, as the one for 4 bits does."""
+    device, dtype = (request.getfixturevalue("device"), torch.float16) if backend == "triton" else ("cpu", torch.bfloat16)
+    x, weight, _ = arguments(6, 384, 48, dtype)
+    x, weight = x.to(device), quantize(weight, bits, group).to(device)
+    views = weight.apply(lambda t: lying(how, t))
+    with use_backend(backend), torch.no_grad():
+        expected = decode_linear(x, weight)
+        assert torch.equal(decode_linear(lying(how, x), weight), expected)
+        assert torch.equal(decode_linear(x, views), expected)
+
+
 @kinds
 def test_quantised_rows_do_not_depend_on_their_neighbours(triton, device, dtype, bits, group):
     if INTERPRETED:
@@ -169,6 +195,15 @@ def test_torch_compile_and_opcheck():
         compiled = torch.compile(lambda a: decode_linear(a, small, **options), fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), decode_linear(x, small, **options))
         torch.library.opcheck(_op, (x, small.data, small.scale, small.minimum, options["norm"], 1e-5, None, "swiglu", None))
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("bits", [8, 4])
+def test_nothing_that_a_mode_has_made_stays_with_a_weight(bits):
+    x, weight = torch.randn(2, 64, dtype=torch.bfloat16), quantize(torch.randn(32, 64), bits)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert decode_linear(mode.from_tensor(x), weight).shape == (2, 32)
+    assert type(decode_linear(x, weight)) is torch.Tensor
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,16 @@ def title(name):
     return section(name).__doc__.splitlines()[0]
 
 
+def tell(text):
+    """Prints it, if it can be: no run ends because nobody reads it any more (`| head`, a closed terminal) or a disk is full."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass  # there may be room for the summary
+
+
 class Record:
     """The results so far, each on disk before the next one begins. Its files are new: where the folder holds those of a run, these
     get a number."""
@@ -80,9 +90,9 @@ class Record:
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as error:  # a full disk: the summary still has it
-            print(f"  {name}: {job}: not on disk: {error}", flush=True)
+            tell(f"  {name}: {job}: not on disk: {error}")
         if status != "ok":
-            print(f"  {name}: {job}: {status}: {fields.get('error')}", flush=True)
+            tell(f"  {name}: {job}: {status}: {fields.get('error')}")
 
     def of(self, name):
         return [line for line in self.lines if line["section"] == name]
@@ -128,7 +138,7 @@ def measure(plan, record, until, rehearse):
         return now + MOST * (until - now)
 
     def say(text):
-        print(f"[{time.monotonic() - begin:4.0f} s] {text}", flush=True)
+        tell(f"[{time.monotonic() - begin:4.0f} s] {text}")
 
     alone = [name for name in plan if not section(name).PARALLEL and name != "facts"]
     for name in plan:
@@ -236,9 +246,11 @@ def caches():
 
 @contextlib.contextmanager
 def interruptible():
-    """Within the block SIGTERM, which `timeout` sends, even twice, is as Ctrl-C, and only the first of either counts: what follows
-    is the summary of what there is."""
-    signals = signal.SIGINT, signal.SIGTERM
+    """Within the block SIGTERM, which `timeout` sends, even twice, and SIGHUP, of a terminal that is closed, are as Ctrl-C, and
+    only the first of them counts: what follows is the summary of what there is. Under `nohup` SIGHUP stays ignored."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
 
     def interrupt(*_):
         for number in signals:
@@ -300,14 +312,14 @@ def main(argv=None):
         try:
             measure(plan, record, until, options.rehearse)
         except KeyboardInterrupt:
-            print("interrupted", flush=True)
+            tell("interrupted")
         except Exception as error:  # of this program's own: what there is must not be lost
             traceback.print_exc()
             record.add("facts", "the run", "failed", error=one_line(error))
         text = summary(plan, record, options.rehearse)
-        print("\n" + text, flush=True)
+        tell("\n" + text)
         record.summary.write_text(text + "\n", encoding="utf-8")
-        print(f"results: {record.results}")
+        tell(f"results: {record.results}")
     return 1 if any(r["status"] not in ("ok", "left out") for r in record.lines) else 0
 
 
