@@ -15,7 +15,7 @@ import timeit
 import torch
 
 from ..kernels import use_backend
-from ..kernels.dispatch import triton
+from ..kernels.dispatch import INTERPRETED, triton
 from ..model import cli
 from .cases import available, case
 from .peers import engine, why_not
@@ -106,9 +106,12 @@ def main(argv=None):
     for name in options.ops:
         if name not in available():
             raise ValueError(f"OP is {name!r}, expected one of {', '.join(available())}")
+    if INTERPRETED:
+        raise ValueError("TRITON_INTERPRET is set, under which nothing is launched: unset it")
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print("\n".join(table(HEADER, [row(op, device) for op in options.ops or available()])))
+    with use_backend("auto"):
+        print("\n".join(table(HEADER, [row(op, device) for op in options.ops or available()])))
     return 0
 
 

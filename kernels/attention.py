@@ -713,7 +713,7 @@ def _check_starts(op, q, cu_seqlens_q, cu_seqlens_k):
             raise TypeError(f"{op}: {name} is {getattr(starts, 'dtype', type(starts).__name__)}, expected an int32 or int64 tensor")
         check(starts.device == q.device, lambda: f"{op}: {name} is on {starts.device}, expected {q.device} as q")  # noqa: B023
         check(
-            starts.dim() == 1 and len(starts) >= 1 and starts.stride(0) == 1,
+            starts.dim() == 1 and len(starts) >= 1 and starts.is_contiguous(),
             lambda: f"{op}: {name} has shape {tuple(starts.shape)}, expected [sequences + 1], contiguous",  # noqa: B023
         )
     check(

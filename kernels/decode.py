@@ -295,5 +295,5 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
     arguments that do not fit. Source: arXiv:2307.08691 and flash-decoding (Dao et al. 2023).
     """
     _check(q, k_cache, v_cache, lengths, window, block_table, splits)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return call(_op, _decode_attention, q, k_cache, v_cache, lengths, scale, window, softcap, block_table, splits)

@@ -489,6 +489,11 @@ def remembered(function):
     return wrapper
 
 
+def unseen(*arguments):
+    """Whether nobody watches what is done with the arguments of a call: autograd, torch.compile, a mode, a subclass, `observe`."""
+    return not torch.compiler.is_compiling() and _key(arguments, ()) is not None
+
+
 def forget():
     """What was remembered of all calls: the tables that they followed have changed. What a call under way in another thread has
     followed is forgotten with them: it is noted in the memory that was there when it began."""

@@ -35,6 +35,7 @@ from .dispatch import (
     row_offset,
     row_strides,
     tl,
+    unseen,
     uses_triton,
 )
 from .glu import _sigmoid, swiglu
@@ -67,6 +68,12 @@ def _activations(x_row, norm_ptr, rstd, live, k, column_stride, norm_stride, K: 
         scale = tl.load(norm_ptr + k * norm_stride, k < K, other=0.0).to(tl.float32)
         x = ((x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32) * scale).to(x.dtype)
     return tl.permute(x, (0, 2, 1))
+
+
+@jit
+def _real(w, dtype: tl.constexpr):
+    """Weights in 8 bits as numbers of dtype, others as they are: the interpreter takes integers for the bits of a bfloat16."""
+    return w.to(tl.float32).to(dtype) if WIDEN else w.to(dtype)
 
 
 _UNPACK = """{
@@ -180,10 +187,10 @@ def _linear_kernel(
             x = _activations(x_row, norm_ptr, rstd, live, k, x_strides[3], norm_stride, K)
             mask = (n < columns) & (k < K)
             w = tl.load(w_row + k * weight_strides[1], mask, other=0)
-            total = _dot(w.to(x.dtype), x, total, PRECISION)
+            total = _dot(_real(w, x.dtype), x, total, PRECISION)
             if SWIGLU:
                 up = tl.load(w_row + half + k * weight_strides[1], mask, other=0)
-                gated = _dot(up.to(x.dtype), x, gated, PRECISION)
+                gated = _dot(_real(up, x.dtype), x, gated, PRECISION)
 
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     m = tl.arange(0, BLOCK_M)[None, :]
@@ -302,8 +309,7 @@ def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=N
     """
     if not isinstance(weight, QuantizedWeight):
         return _call(x, weight, None, None, norm, eps, residual, activation, bias)
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if weight.data.is_cpu and not watched and backend() != "triton":
+    if weight.data.is_cpu and backend() != "triton" and unseen(x, norm, residual, bias):
         _check(x, weight, norm, residual, activation, bias)  # the reference takes the object, which remembers its form for CPUs
         return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
     return _call(x, weight.data, weight.scale, weight.minimum, norm, eps, residual, activation, bias)

@@ -7,7 +7,6 @@ Rounded to nearest, as llama.cpp's Q8_0 and Q4_1 do; only weights are quantised,
 to bfloat16 before the integers are chosen, so that no later cast moves them.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Optional
 
@@ -67,11 +66,18 @@ class QuantizedWeight:
             w += self.minimum[rows].float().unsqueeze(-1)
         return w.flatten(1).to(dtype)
 
-    @functools.cached_property
+    @property
     def packed(self):
-        """(4 bits in the order that PyTorch's CPU kernel wants, its scales and zeros), or None where it has no use."""
+        """(4 bits in the order that PyTorch's CPU kernel wants, its scales and zeros), or None where it has no use. Kept until one
+        of the tensors is written to; inference tensors count no versions and are taken to stay."""
         if self.bits == 8 or self.device.type != "cpu" or self.shape[0] % 16:
             return None
+        versions = [None if t.is_inference() else t._version for t in (self.data, self.scale, self.minimum)]
+        if self.__dict__.get("_packed", (None,))[0] != versions:
+            self.__dict__["_packed"] = versions, self._pack()
+        return self.__dict__["_packed"][1]
+
+    def _pack(self):
         order = torch._convert_weight_to_int4pack_for_cpu(self.integers().flatten(1).int(), 1)
         zero = self.minimum.float() + 8 * self.scale.float()  # the kernel computes scale (q - 8) + zero
         return order, torch.stack((self.scale.T, zero.to(self.scale.dtype).T), -1).contiguous()

@@ -507,7 +507,7 @@ def choose_(
     """
     op = "choose_"
     check(
-        logits.dim() == 2 and 0 not in logits.shape and logits.stride(1) == 1,
+        logits.dim() == 2 and 0 not in logits.shape and 1 in (logits.stride(1), logits.shape[1]),
         lambda: f"{op}: logits has shape {tuple(logits.shape)} and strides {logits.stride()}, expected [B, vocabulary], rows dense",
     )
     rows, vocabulary = logits.shape

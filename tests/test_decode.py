@@ -117,6 +117,14 @@ def test_the_reference_is_the_formula(device):
                 attend("cpu", q, k, v, lengths, **options)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_scale_in_a_tensor_is_a_number(device, backend):
+    q, k, v = torch.randn(1, 2, 1, 32), torch.randn(1, 1, 20, 32), torch.randn(1, 1, 20, 32)
+    given = [t.to(device) for t in (q, k, v, torch.tensor([13], dtype=torch.int32))]
+    with use_backend(backend):
+        assert torch.equal(decode_attention(*given, scale=torch.tensor(0.5)), decode_attention(*given, scale=0.5))
+
+
 @pytest.mark.host
 def test_torch_compile_and_opcheck():
     from trillama.kernels.decode import _op

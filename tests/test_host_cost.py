@@ -507,6 +507,38 @@ with host.idle():
 """)
 
 
+@host
+def test_a_stride_that_means_nothing_is_no_reason_to_refuse():
+    """Of an axis of size 1: contiguous tensors are one to a remembered call, whichever was first."""
+    q, logits = torch.randn(0, 2, 16), (torch.randn(2, 1), torch.as_strided(torch.randn(8), (2, 1), (1, 3)))
+    for first in (0, 1):
+        dispatch.forget()
+        for turn in (first, 1 - first):
+            nothing = (torch.zeros(2, dtype=torch.int32)[1:], torch.zeros(4, dtype=torch.int32)[::4])[turn]
+            assert nothing.is_contiguous()
+            out = k.flash_attention_varlen(q, q, q, nothing, nothing, 1, 1)
+            assert out.shape == (0, 2, 16)
+            ids, ended, finished = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool), torch.tensor(False)
+            k.choose_(logits[turn], ids, ended, finished, ends=torch.tensor([5]))
+            assert ids.tolist() == [0, 0]
+
+
+@host
+@pytest.mark.parametrize("variable", ["TRITON_INTERPRET", "TRILLAMA_BACKEND"])
+def test_the_cost_is_not_of_the_interpreter(variable):
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRILLAMA_BACKEND")}
+    environment[variable] = {"TRITON_INTERPRET": "1", "TRILLAMA_BACKEND": "triton"}[variable]
+    command = [sys.executable, "-m", "trillama.bench.host", "swiglu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if variable == "TRILLAMA_BACKEND":
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "swiglu" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert done.stderr == "trillama: error: TRITON_INTERPRET is set, under which nothing is launched: unset it\n"
+
+
 def test_a_call_under_way_is_forgotten_too():
     """Other tables have taken the place of those that it follows: what it did is not done again."""
     asked = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from trials import trials
-from trillama.bench import proofs
+from trillama.bench import oracle, proofs
 from trillama.bench.proofs import BITS, FUSED, fused_name
 from trillama.bench.proofs import multiply as run
 from trillama.bench.proofs import product as arguments
@@ -204,6 +204,38 @@ def test_nothing_that_a_mode_has_made_stays_with_a_weight(bits):
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert decode_linear(mode.from_tensor(x), weight).shape == (2, 32)
     assert type(decode_linear(x, weight)) is torch.Tensor
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_are_watched_like_plain_ones(bits):
+    x, weight = torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(32, 64)
+    for w in (weight.bfloat16(), quantize(weight, bits)):
+        with pytest.raises(NotImplementedError, match="decode_linear has no derivative"):
+            decode_linear(x, w).sum().backward()
+        with pytest.raises(NotImplementedError, match=r"decode_linear does not run under torch.func's vmap"):
+            torch.vmap(lambda x, w=w: decode_linear(x, w))(x.detach())
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_weight_may_be_written_to(bits):
+    x, weight = torch.randn(2, 64, dtype=torch.bfloat16), quantize(torch.randn(32, 64), bits)
+    before = decode_linear(x, weight)
+    for t in (weight.scale, weight.minimum):
+        if t is not None:
+            t.mul_(2)
+    assert torch.equal(decode_linear(x, weight), 2 * before)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="looks at the interpreter")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_of_bfloat16_in_the_interpreter(bits):
+    x, weight = torch.randn(2, 64, dtype=torch.bfloat16), quantize(torch.randn(32, 64), bits)
+    with use_backend("triton"):
+        found = decode_linear(x, weight)
+    exact = weight.dequantize(torch.float64)
+    oracle.check(found, x.double() @ exact.T, torch.nn.functional.linear(x, exact.bfloat16()))
 
 
 @pytest.mark.parametrize(
