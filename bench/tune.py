@@ -28,6 +28,7 @@ from ..kernels import dispatch, tuning, use_backend
 from ..kernels.decode import counters
 from ..kernels.dispatch import observe
 from ..model import cli
+from . import files
 from .apart import Died, apart, one_line
 from .cases import DTYPES, MODELS, case
 from .check import outcome
@@ -459,12 +460,7 @@ class Record:
         self.write()
 
     def write(self):
-        partial = self.file.with_name(f"{self.file.name}.{os.getpid()}")
-        try:
-            partial.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.file)
-        finally:
-            partial.unlink(missing_ok=True)
+        files.rewrite(self.file, json.dumps(self.document, indent=1) + "\n")
 
 
 def _key(row):
