@@ -387,7 +387,9 @@ def main(argv=None):
             files.check("--json", args.json)
         if args.plot:
             plots.check("--plot", args.plot)
-    if args.threads:
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads is {args.threads}, expected at least 1")
         torch.set_num_threads(args.threads)
     device = torch.device(ranks().device(args.device) or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = {"device": device, "dtype": DTYPES.get(args.dtype), "quantize": args.quantize}

@@ -188,6 +188,8 @@ def test_a_shape_from_the_command_line(trillama, small, tmp_path):
     [
         (("--shape", "gpt-2"), "shape is 'gpt-2', expected one of smollm2-135m"),
         (("--layers", 2), "--layers is 2 without --shape"),
+        (("--threads", 0), "--threads is 0, expected at least 1"),
+        (("--threads", -2), "--threads is -2, expected at least 1"),
         (("--shape", "llama-3.1-8b", "--model", "smollm2"), "not allowed with"),
         (("--shape", "smollm2-135m", "--layers", 0), "num_hidden_layers is 0"),
     ],
