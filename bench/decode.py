@@ -5,6 +5,7 @@ beside its bound. Two numbers are never mixed here: the time to the first token 
 """
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -12,6 +13,7 @@ import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -21,7 +23,7 @@ from ..model.checkpoint import open_checkpoint
 from ..model.llama import unpacked
 from ..model.parallel import ranks
 from ..model.shapes import SHAPES, config
-from . import cache_study
+from . import cache_study, files, plots
 from .roofline import datasheet
 from .timing import copy_bandwidth
 
@@ -296,15 +298,25 @@ def show_row(r):
     print(text, flush=True)
 
 
-def plot(rows, path, against):
+def written(file, about, rows):
+    """Yields the rows, each when it is in the file (None: nowhere) beside those before it and `about`: whatever ends the command
+    leaves what there is. What cannot be rewritten, a pipe or a device, gets all of it at the end."""
+    done = []
+    again = file and ranks().rank == 0 and (Path(file).is_file() or not Path(file).exists())
     try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'trillama[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        for row in rows:
+            done.append(row)
+            if again:
+                files.rewrite(file, json.dumps({**about, "rows": done}, indent=2))
+            yield row
+    finally:
+        if file and ranks().rank == 0 and not again:
+            Path(file).write_text(json.dumps({**about, "rows": done}, indent=2), encoding="utf-8")
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+
+def plot(rows, path, against):
+    drawn, subplots = plots.figure((7, 4))
+    axes = subplots()
     names = [f"batch {r['batch']}\nprompt {r['prompt']}" for r in rows]
     series = [("trillama", [r["decode_tokens_per_s"] for r in rows])]
     if against:
@@ -319,7 +331,7 @@ def plot(rows, path, against):
     axes.set_xticks([x + centre for x in range(len(rows))], names)
     axes.set_ylabel("decode, tokens/s")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    plots.save(drawn, path)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -353,7 +365,7 @@ def parser():
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--against", choices=["hf"], help="alternate with transformers on the same weights")
     p.add_argument("--cache-study", action="store_true", help="the same tokens with and without the KV cache, batch 1")
-    p.add_argument("--json", metavar="FILE", help="write card and rows here")
+    p.add_argument("--json", metavar="FILE", help="write card and rows here, again after each row")
     p.add_argument("--plot", metavar="FILE", help="draw the rows here")
     return p
 
@@ -370,7 +382,14 @@ def main(argv=None):
         raise ValueError(f"--layers is {args.layers} without --shape, expected both or none: a checkpoint has all of its layers")
     if args.shape and ranks().size > 1:
         raise ValueError(f"--shape is {args.shape} on {ranks().size} ranks, expected one: a name with -shard is one GPU's part")
-    if args.threads:
+    if ranks().rank == 0:
+        if args.json:
+            files.check("--json", args.json)
+        if args.plot:
+            plots.check("--plot", args.plot)
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads is {args.threads}, expected at least 1")
         torch.set_num_threads(args.threads)
     device = torch.device(ranks().device(args.device) or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = {"device": device, "dtype": DTYPES.get(args.dtype), "quantize": args.quantize}
@@ -385,12 +404,9 @@ def main(argv=None):
     if longest > model.config.context_length:
         raise ValueError(f"--prompt and --new add up to {longest}, expected at most {model.config.context_length}")
     if args.cache_study:
-        reports = [cache_study.study(model, prompt, args.new, Clock) for prompt in args.prompt]
-        for report in reports:
-            cache_study.show(report)
-        if args.json and ranks().rank == 0:
-            with open(args.json, "w", encoding="utf-8") as f:
-                json.dump({"model": source, "dtype": str(dtype)[6:], "device": str(device), "rows": reports}, f, indent=2)
+        about = {"model": source, "dtype": str(dtype)[6:], "device": str(device)}
+        for row in written(args.json, about, (cache_study.study(model, prompt, args.new, Clock) for prompt in args.prompt)):
+            cache_study.show(row)
         return 0
     bandwidth = streaming_bandwidth(device)
     facts = card(model, source, dtype, device, bandwidth)
@@ -400,17 +416,15 @@ def main(argv=None):
         twin = (config(args.shape, args.layers), lent(model)) if args.shape else stored(source, dtype, device)
         _, rival = transformers_twin(*twin, device)
     show_header(args.against, peak)
+    measured = (
+        measure(model, rival, batch, prompt, args.new, args.rounds, bandwidth, peak, dtype)
+        for batch, prompt in itertools.product(args.batch, args.prompt)
+    )
     rows = []
-    for batch in args.batch:
-        for prompt in args.prompt:
-            rows.append(measure(model, rival, batch, prompt, args.new, args.rounds, bandwidth, peak, dtype))
-            show_row(rows[-1])
-    if ranks().rank > 0:
-        return 0
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump({"card": facts, "rows": rows}, f, indent=2)
-    if args.plot:
+    for row in written(args.json, {"card": facts}, measured):
+        show_row(row)
+        rows.append(row)
+    if args.plot and ranks().rank == 0:
         plot(rows, args.plot, args.against)
     return 0
 

@@ -1,5 +1,10 @@
 """How results are shown: text tables, and figures where matplotlib is installed."""
 
+import contextlib
+from pathlib import Path
+
+from . import files
+
 
 def table(header, rows, left=1):
     """Lines of an aligned text table; the first `left` columns are flushed left, the others right."""
@@ -8,6 +13,17 @@ def table(header, rows, left=1):
     return [
         "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in cells
     ]
+
+
+def check(option, file):
+    """Raises ValueError where no figure could be saved under the name that the option gives; makes its folder."""
+    drawn, _ = figure((1, 1))
+    kinds, kind = drawn.canvas.get_supported_filetypes(), Path(file).suffix[1:].lower()
+    if kind not in kinds:
+        raise ValueError(f"{option} is {file}, expected a name that ends in one of {', '.join(f'.{k}' for k in sorted(kinds))}")
+    with contextlib.suppress(OSError):  # the file cannot be written either
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    files.check(option, file)
 
 
 def figure(size):
@@ -21,8 +37,6 @@ def figure(size):
 
 
 def save(drawn, file):
-    from pathlib import Path
-
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(file, dpi=150)
 

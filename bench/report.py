@@ -7,6 +7,8 @@
     --tuning FILE        adds the tile sizes that were faster than the tables' to a file of bench.tune, for TRILLAMA_TUNING
     --readme FILE        puts the tables between the two marks `<!-- measured -->` of a Markdown file
 
+Each option is of one run.
+
 A result is a line of plain values. Its words and whole numbers say what was measured (`engine`: whose), its fractional numbers are
 the measurements: lines that differ in `engine` alone are of peers, lines of two runs that agree in all words are of one thing.
 """
@@ -17,9 +19,11 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import NoneType
 
 from ..model import cli
 from . import plots
+from .apart import one_line
 from .hardware import SECTIONS, facts, section, table, tune
 from .tune import Record
 
@@ -30,22 +34,46 @@ OTHERS = ("status", "error", "why", "engine", "job", "peak_bytes", "parameters")
 
 def load(file):
     """The lines of a run: of results.jsonl, or of a document that `save` wrote."""
-    text = Path(file).read_text(encoding="utf-8")
+    text = read(file)
     try:
         whole = json.loads(text)
-        lines = whole.get("results", []) if isinstance(whole, dict) and "section" not in whole else [whole]
-    except ValueError:
-        whole = [line for line in text.splitlines() if line.strip()]
-        try:  # a run that was cut short may have cut its last line
-            lines = [json.loads(line) for line in whole[:-1]]
-        except ValueError as error:
-            raise ValueError(f"{file}: expected a line of JSON for each result: {error}") from None
-        try:
-            lines.append(json.loads(whole[-1])) if whole else None
-        except ValueError:
-            print(f"trillama: {file}: the last line is cut short and left out", file=sys.stderr)
-    if not all(isinstance(line, dict) and {"section", "job", "status"} <= line.keys() for line in lines) or not lines:
+        lines = whole.get("results") if isinstance(whole, dict) and "section" not in whole else [whole]
+    except ValueError as error:
+        lines = separate(file, text, error)
+    if not isinstance(lines, list) or not lines:
         raise ValueError(f"{file}: expected results of trillama.bench.hardware, lines with section, job and status")
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not all(isinstance(line.get(name), str) for name in ("section", "job", "status")):
+            raise ValueError(f"{file}: expected results of trillama.bench.hardware, result {number} lacks section, job or status")
+        if not isinstance(line.get("engine"), (str, NoneType)):
+            raise ValueError(f"{file}: expected the name of an engine, or none, in result {number}, not {line['engine']!r}")
+    for name, kind in (("gpu", str), ("date", str), ("versions", dict)):
+        if not isinstance(card(lines).get(name), kind):
+            raise ValueError(f"{file}: expected of its card gpu, date and versions, {name} is {card(lines).get(name)!r}")
+    return lines
+
+
+def read(file):
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8, byte {error.start} is none") from None
+
+
+def separate(file, text, error):
+    """The results of a text that is a line of JSON for each. error: what it is as one document."""
+    lines = []
+    rows = [(number, row) for number, row in enumerate(text.split("\n"), 1) if row.strip()]
+    for i, (number, row) in enumerate(rows):
+        try:
+            lines.append(json.loads(row))
+        except ValueError as own:
+            if 0 < i == len(rows) - 1:  # a run that was cut short may have cut its last line
+                print(f"trillama: {file}: the last line is cut short and left out", file=sys.stderr)
+                break
+            number, own = (number, own) if i else (error.lineno, error)  # it may be a document
+            reason = f"line {number} is not ({own.msg}, column {own.colno})"
+            raise ValueError(f"{file}: expected a line of JSON for each result, {reason}") from None
     return lines
 
 
@@ -88,7 +116,11 @@ def tables(lines):
     yield provenance(lines)
     for name in SECTIONS:
         if any(line["section"] == name for line in lines):
-            yield from ("", f"{name}: {section(name).__doc__.splitlines()[0]}", *table(lines, name))
+            yield from ("", f"{name}: {section(name).__doc__.splitlines()[0]}")
+            try:
+                yield from table(lines, name)
+            except Exception as error:  # of another version's run, or a file that was edited
+                yield f"no table: {one_line(error)}"
     wrong = [line for line in lines if line["status"] != "ok"]
     if wrong:
         yield from ("", "not measured, or wrong:")
@@ -97,7 +129,7 @@ def tables(lines):
 
 def into_readme(lines, file):
     """Puts the tables between the two marks of a Markdown file."""
-    text = Path(file).read_text(encoding="utf-8")
+    text = read(file)
     parts = text.split(MARK)
     if len(parts) != 3:
         raise ValueError(f"{file} has {len(parts) - 1} lines {MARK!r}, expected two, with the tables between them")
@@ -185,6 +217,10 @@ def main(argv=None):
     add("--tuning", metavar="FILE", help="add the tile sizes that were faster to a file of bench.tune, for TRILLAMA_TUNING")
     add("--readme", metavar="FILE", help=f"put the tables between two lines {MARK}")
     options = parser.parse_args(argv)
+    if options.other:
+        for name in ("save", "plots", "tuning", "readme"):
+            if getattr(options, name):
+                raise ValueError(f"--{name} is of one run: expected no OTHER beside it, which is {options.other}")
     lines = load(options.file)
     if options.other:
         print("\n".join(compare(lines, load(options.other))))

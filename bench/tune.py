@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -28,10 +29,12 @@ from ..kernels import dispatch, tuning, use_backend
 from ..kernels.decode import counters
 from ..kernels.dispatch import observe
 from ..model import cli
+from . import files
 from .apart import Died, apart, one_line
 from .cases import DTYPES, MODELS, case
 from .check import outcome
 from .plots import table
+from .xray import ARCHITECTURES
 
 GAIN = 0.98
 MOST = 8  # candidates of one entry
@@ -459,12 +462,7 @@ class Record:
         self.write()
 
     def write(self):
-        partial = self.file.with_name(f"{self.file.name}.{os.getpid()}")
-        try:
-            partial.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.file)
-        finally:
-            partial.unlink(missing_ok=True)
+        files.rewrite(self.file, json.dumps(self.document, indent=1) + "\n")
 
 
 def _key(row):
@@ -513,26 +511,35 @@ def main(argv=None):
     add = parser.add_argument
     add("entries", nargs="*", metavar="ENTRY", help=f"of {', '.join(ENTRIES)}; default: all")
     add("--list", action="store_true", help="print what would be tried and measure nothing; needs no GPU")
-    add("--arch", default=None, metavar="ARCH", help="with --list: for this architecture, sm_90 or another (default: this GPU's)")
+    add("--arch", default=None, metavar="ARCH", help=f"with --list: of {', '.join(ARCHITECTURES)} (default: this GPU's)")
     add("--model", nargs="+", metavar="MODEL", default=(), help=f"whose shapes, of {', '.join(MODELS)}; default: those of --list")
     add("--dtype", default="bf16", choices=DTYPES)
     add("--limit", type=float, default=60.0, metavar="SECONDS", help="for one candidate; what takes longer is ended (default: 60)")
     add("--output", default="tuning.json", metavar="FILE")
     options = parser.parse_args(argv)
-    for what, given, known in (("ENTRY", options.entries, ENTRIES), ("--model", options.model, MODELS)):
+    architectures = [options.arch] if options.arch is not None else []
+    for what, given, known in (
+        ("ENTRY", options.entries, ENTRIES), ("--model", options.model, MODELS), ("--arch", architectures, ARCHITECTURES),
+    ):  # fmt: skip
         for name in given:
             if name not in known:
                 raise ValueError(f"{what} is {name!r}, expected one of {', '.join(known)}")
+    if options.arch and not options.list:
+        raise ValueError(f"--arch is {options.arch!r} without --list, expected none: what is measured is the GPU at hand")
+    if not 0 < options.limit < math.inf:
+        raise ValueError(f"--limit is {options.limit:g}, expected a number of seconds above 0")
     chosen, gpu = targets(options.entries, options.model, options.dtype), torch.cuda.is_available()
     arch = options.arch or (f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}" if gpu else "sm_90")
+    if not options.list and not gpu:
+        raise ValueError("tune measures on a GPU, and torch finds none (--list needs none)")
+    if dispatch.INTERPRETED:
+        raise ValueError("TRITON_INTERPRET is set, expected it unset: tune is of compiled code, the interpreter has other tiles")
     if options.list:
         for target in chosen:
             key, fields = target.candidates(arch)
             print(f"{target}: {key[0]}{key[1]}")
             print("".join(f"    {json.dumps(f)}\n" for f in fields), end="")
         return 0
-    if not gpu:
-        raise ValueError("tune measures on a GPU, and torch finds none (--list needs none)")
 
     def say(text):
         print(text, file=sys.stderr)

@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..model import cli
-from . import sass
+from . import files, plots, sass
 from .plots import table
 from .roofline import GPUS, MULTIPROCESSORS
 
@@ -616,6 +616,10 @@ def main(argv=None):
         import triton  # noqa: F401
     except ImportError:
         raise ValueError("xray compiles the Triton kernels, but Triton is not installed (it has wheels for Linux only)") from None
+    if options.json and options.json != "-":
+        files.check("--json", options.json)
+    if options.plot:
+        plots.check("--plot", options.plot)
     with Workers() as workers:
         for what in ("code", "traffic"):
             workers.start(what)  # they import torch while this process does
@@ -639,8 +643,6 @@ def _run(options, workers):
     if options.json != "-":
         print(text(reports, traffic))
     if options.plot:
-        from . import plots
-
         plots.xray([r for r in reports if "error" not in r], options.plot)
     return 0
 

@@ -1,7 +1,9 @@
 """`trillama bench`: random weights of a named shape, transformers on the same weights, and bandwidth by the device's own clock."""
 
+import errno
 import json
 import math
+import os
 import runpy
 import sys
 import types
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from trillama.bench import decode, oracle, timing
+from trillama.bench import decode, files, oracle, timing
 from trillama.kernels import quantized, use_backend
 from trillama.model import Llama, generate, shapes
 
@@ -186,6 +188,8 @@ def test_a_shape_from_the_command_line(trillama, small, tmp_path):
     [
         (("--shape", "gpt-2"), "shape is 'gpt-2', expected one of smollm2-135m"),
         (("--layers", 2), "--layers is 2 without --shape"),
+        (("--threads", 0), "--threads is 0, expected at least 1"),
+        (("--threads", -2), "--threads is -2, expected at least 1"),
         (("--shape", "llama-3.1-8b", "--model", "smollm2"), "not allowed with"),
         (("--shape", "smollm2-135m", "--layers", 0), "num_hidden_layers is 0"),
     ],
@@ -195,6 +199,114 @@ def test_mistakes(trillama, line, message):
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("more", [(), ("--cache-study",)], ids=["rows", "cache-study"])
+@pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError("CUDA error")], ids=["interruption", "error"])
+def test_what_was_measured_is_in_the_file_whatever_comes_then(trillama, small, tmp_path, monkeypatch, more, end):
+    """A row is in it before the next one begins; until then it holds what it did."""
+    file, found = tmp_path / "link.json", []
+    (tmp_path / "real.json").write_text("of before")
+    file.symlink_to("real.json")
+    owner, name = (decode.cache_study, "study") if more else (decode, "measure")
+    real = getattr(owner, name)
+
+    def until_the_third(*arguments):
+        found.append(file.read_text())
+        if len(found) == 3:
+            raise end
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, until_the_third)
+    line = ("--shape", "llama", "--prompt", "4,5,6", "--new", 4, "--rounds", 1, "--device", "cpu", "--json", file, *more)
+    status, *_ = trillama("bench", *line)
+    assert status == (130 if end is KeyboardInterrupt else 2)
+    assert found[0] == "of before"
+    assert [row["prompt"] for row in json.loads(found[1])["rows"]] == [4]
+    assert [row["prompt"] for row in json.loads(file.read_text())["rows"]] == [4, 5]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["link.json", "real.json"]
+
+
+def test_a_pipe_gets_one_document(trillama, small):
+    line = ("--shape", "llama", "--prompt", "4,5", "--new", 2, "--rounds", 1, "--device", "cpu")
+    read, write = os.pipe()
+    with open(read) as pipe:
+        assert trillama("bench", *line, "--json", f"/dev/fd/{write}")[0] == 0
+        os.close(write)
+        assert [row["prompt"] for row in json.load(pipe)["rows"]] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "file", "said"),
+    [
+        *((command, option, name, said) for command in ("bench", "xray") for option, name, said in (
+            ("--json", "none/x.json", "a file that can be written: No such file or directory"),
+            ("--json", ".", "a file that can be written: Is a directory"),
+            ("--plot", "x.xyz", "a name that ends in one of "),
+            ("--plot", "file/x.png", "a file that can be written: Not a directory"),
+        )),
+        ("bench --cache-study", "--json", "none/x.json", "a file that can be written: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(trillama, tmp_path, monkeypatch, command, option, file, said):
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    if command == "xray":
+        pytest.importorskip("triton")
+
+    def nothing(*_, **__):
+        raise AssertionError("something was begun")
+
+    monkeypatch.setattr(Llama, "from_pretrained", nothing)
+    monkeypatch.setattr("trillama.bench.xray.Workers", nothing)
+    (tmp_path / "file").write_text("of before")
+    status, out, err = trillama(*command.split(), option, tmp_path / file)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"trillama: error: {option} is {tmp_path / file}, expected {said}")
+    assert err.count("\n") == 1
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_plot_needs_matplotlib_before_anything_runs(trillama, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(Llama, "from_pretrained", None)
+    status, out, err = trillama("bench", "--plot", tmp_path / "x.png")
+    assert (status, out, err) == (2, "", "trillama: error: plots need matplotlib: pip install 'trillama[plot]'\n")
+
+
+def test_a_check_leaves_no_trace(trillama, tmp_path):
+    """Nor does a mistake found after it."""
+    (tmp_path / "a.json").write_text("of before")
+    for name in ("a.json", "b.json"):
+        assert trillama("bench", "--model", tmp_path / "none", "--json", tmp_path / name)[0] == 2
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("a.json", "of before")]
+
+
+def test_a_file_that_cannot_be_replaced_is_written_in_its_place(tmp_path, monkeypatch):
+    """A container's mount, for one."""
+    file = tmp_path / "x.json"
+    file.write_text("of before")
+    before = file.stat().st_ino
+
+    def fail(*_):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(Path, "replace", fail)
+    reason = errno.EBUSY
+    files.rewrite(file, "new")
+    assert (file.read_text(), file.stat().st_ino) == ("new", before)
+    reason = errno.ENOSPC  # which writing in its place would not survive
+    with pytest.raises(OSError, match="No space"):
+        files.rewrite(file, "newer")
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("x.json", "new")]
+
+
+def test_the_rows_are_drawn(trillama, small, tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "plots" / "x.png"
+    line = ("--shape", "llama", "--batch", "1,2", "--prompt", 4, "--new", 2, "--rounds", 1, "--device", "cpu", "--plot", file)
+    assert trillama("bench", *line)[0] == 0
+    assert file.read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])

@@ -159,6 +159,38 @@ def test_a_full_disk_leaves_the_summary(tmp_path, monkeypatch, capsys):
     record.add("rows", "job", "failed", error="so")
     assert [line["job"] for line in record.lines] == ["job"]
     assert "rows: job: not on disk: [Errno 28] No space left on device" in capsys.readouterr().out
+    assert "NOT ON DISK: 1 of 1 results: [Errno 28] No space left on device" in command.summary({"rows": []}, record, False)
+
+
+def test_what_had_no_room_is_written_as_soon_as_there_is_some(tmp_path, capsys):
+    """In whole lines, whatever part of one the disk has taken."""
+    record = command.Record(tmp_path)
+
+    class Disk:
+        room = 20
+
+        def write(self, text):
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            taken = file.write(text[: self.room])
+            self.room -= taken
+            return taken
+
+        def fileno(self):
+            return file.fileno()
+
+    file, record.file = record.file, Disk()
+    for job in ("a", "b"):
+        record.add("rows", job)
+    assert record.missing == 2
+    assert record.results.stat().st_size == 20
+    record.file.room = 1000
+    record.add("rows", "c")
+    assert record.missing == 0
+    assert "NOT ON DISK" not in command.summary({"rows": []}, record, False)
+    assert [line["job"] for line in report.load(record.results)] == ["a", "b", "c"]
+    out = capsys.readouterr().out
+    assert out.count("not on disk") == 2
 
 
 def test_a_crash_and_a_hang_cost_their_job(worker):
@@ -343,6 +375,44 @@ def test_an_error_of_the_command_leaves_the_summary(begun):
     status, _, text = begun("--only", "facts")
     assert status == 1
     assert "facts: the run: failed: AttributeError: a bug" in text
+
+
+def test_an_interruption_ends_as_that_of_any_command(begun):
+    """With its summary, and a status that says so."""
+
+    def job(name):
+        yield {"i": 1}
+        raise KeyboardInterrupt
+
+    begun.job = job
+    status, lines, text = begun("--only", "facts")
+    assert status == 130
+    assert [line["status"] for line in lines] == ["ok"]
+    assert f"Left out: {len(command.section('facts').jobs(Card.nominal())) - 1} of facts" in text
+
+
+def test_a_run_that_measured_nothing_has_not_gone_well(begun):
+    status, lines, text = begun("--only", "facts", "training", "--minutes", "0.01")
+    assert status == 1
+    assert {line["status"] for line in lines} == {"left out"}
+    assert text.splitlines()[1] == "NOTHING WAS MEASURED."
+    assert "No failure." not in text
+
+
+@pytest.mark.parametrize("full", ["results", "summary"])
+def test_a_run_that_is_not_on_disk_has_not_gone_well(begun, monkeypatch, tmp_path, capsys, full):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((os, "fsync") if full == "results" else (command.Path, "write_text")), fail)
+    assert command.main(["--out", str(tmp_path), "--only", "facts"]) == 1
+    out = capsys.readouterr().out
+    count = len(command.section("facts").jobs(Card.nominal()))
+    if full == "results":
+        assert f"NOT ON DISK: {count} of {count} results: [Errno 28]" in (tmp_path / "summary.txt").read_text()
+        assert f"NOT ON DISK: {count} of {count} results: [Errno 28]" in out
+    else:
+        assert "the summary is not on disk: [Errno 28]" in out
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
@@ -537,6 +607,7 @@ def test_an_interruption_keeps_what_there_is(tmp_path):
                 break
         run.terminate()
         out = run.communicate(timeout=120)[0]
+    assert run.returncode == 130
     assert "interrupted" in out
     assert "A REHEARSAL: nothing here was measured." in out
     assert file.read_text().count("\n") >= 2

@@ -122,6 +122,81 @@ def test_other_files_are_named(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+LINES, RESULTS = (f"expected results of trillama.bench.hardware, {what}" for what in ("lines", "result"))
+BROKEN = "expected a line of JSON for each result, line"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"results": 5}', f"{LINES} with"),
+        ('{"results": null}', f"{LINES} with"),
+        ('{"results": {"section": "rows"}}', f"{LINES} with"),
+        ("5", f"{RESULTS} 1 lacks"),
+        ("null", f"{RESULTS} 1 lacks"),
+        (f"{json.dumps(CARD)}\n[]\n", f"{RESULTS} 2 lacks"),
+        ('{"section": [], "job": "x", "status": "ok"}', f"{RESULTS} 1 lacks"),
+        ('{"section": "rows", "job": "x", "status": "ok", "engine": []}', "expected the name of an engine, or none, in result 1"),
+        *(
+            (json.dumps({**CARD, name: value}), f"expected of its card gpu, date and versions, {name} is {value!r}")
+            for name, value in (("versions", None), ("versions", "2.11"), ("date", None), ("gpu", 5))
+        ),
+        (
+            f'{json.dumps(CARD)}\n\n{{"section": \n{json.dumps(CARD)}\n',
+            f"{BROKEN} 3 is not (Expec",
+        ),
+        (
+            f"{json.dumps(CARD)}\nx{json.dumps(CARD)}\n{json.dumps(CARD)}\n",
+            f"{BROKEN} 2 is not (",
+        ),
+        ('{"results": [\n{"section": "rows"},\n{"section": }\n]}\n', f"{BROKEN} 3 is not ("),
+        ('{"section": "ro', f"{BROKEN} 1 is not ("),
+        (b'{"section": "\xff"}', "expected text in UTF-8, byte 13 is none"),
+        ("{}".encode("utf-16"), "expected text in UTF-8, byte 0 is none"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line(tmp_path, text, said):
+    """Which names the file and where in it."""
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for arguments in ([path], [path, path]):
+        with pytest.raises(ValueError) as caught:
+            report.main([*map(str, arguments)])
+        assert str(caught.value).startswith(f"{path}: {said}")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_readme_in_another_encoding_is_named(file, tmp_path, rows):
+    readme = tmp_path / "README.md"
+    readme.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=f"{readme}: expected text in UTF-8, byte 3 is none"):
+        report.main([str(file(results())), "--readme", str(readme)])
+
+
+def test_a_table_that_cannot_be_made_takes_no_other_with_it(file, capsys, rows):
+    card = {name: value for name, value in CARD.items() if name != "capability"}
+    assert report.main([str(file([card, *results()[1:]]))]) == 0
+    out = capsys.readouterr().out
+    assert "no table: KeyError: 'capability'" in out
+    assert "3 rows" in out
+
+
+@pytest.mark.parametrize("option", ["--save", "--plots", "--tuning", "--readme"])
+def test_two_runs_are_compared_and_nothing_else(file, tmp_path, option, capsys):
+    a, b = file(results()), file(results(2.0), "other.jsonl")
+    with pytest.raises(ValueError, match=f"^{option} is of one run: expected no OTHER beside it, which is {b}$"):
+        report.main([str(a), str(b), option, str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_lines_end_where_json_says(tmp_path):
+    """Not at what else is the end of a line to Python, within a string."""
+    path, lines = tmp_path / "f.jsonl", [CARD, {"section": "rows", "job": "a\u2028b", "status": "ok"}]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in lines), encoding="utf-8", newline="")
+    assert report.load(path) == lines
+
+
 def test_a_run_that_was_cut_short(file, capsys, rows):
     path = file(results())
     path.write_text(path.read_text()[:-30])

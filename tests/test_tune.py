@@ -3,6 +3,9 @@
 import dataclasses
 import inspect
 import json
+import os
+import subprocess
+import sys
 
 import clocks
 import pytest
@@ -136,10 +139,20 @@ def test_every_kind_of_entry_can_be_varied():
     assert {"block_k": 16} not in tune.neighbours(tuning.Linear(2, 16, 32, 16, 4, 4), fixed=("block_k",))
 
 
-def test_every_entry_has_a_few_candidates(capsys):
+def listed(*options, **environment):
+    """`--list` in a process of its own, in which Triton compiles: (status, stdout, stderr)."""
+    pytest.importorskip("triton")
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRILLAMA_BACKEND")} | environment
+    command = [sys.executable, "-m", "trillama.bench.tune", "--list", *options]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_every_entry_has_a_few_candidates():
     """The ones whose calls ask for another function, or for none, would not be found."""
-    assert tune.main(["--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    status, out, _ = listed()
+    assert status == 0
+    lines = out.splitlines()
     heads = [i for i, line in enumerate(lines) if not line.startswith(" ")]
     assert len(heads) == len(tune.targets())
     for target, begin, end in zip(tune.targets(), heads, [*heads[1:], len(lines)]):
@@ -153,6 +166,39 @@ def test_every_entry_has_a_few_candidates(capsys):
     for name in sizes:
         assert {t.case.m.head_dim for t in tune.targets([name])} == {64, 128, 256}
     assert [t.name for t in tune.targets(["linear"])] == ["linear", "linear-swiglu", "linear-int8", "linear-int4"]
+
+
+@pytest.mark.parametrize("arch", [80, 120])
+def test_the_list_is_of_the_architecture_asked_for(arch):
+    _, out, _ = listed("dq", "--arch", f"sm_{arch}")
+    assert f": attention_backward({arch}, 128, 2)\n" in out
+
+
+def test_the_interpreter_is_not_tuned():
+    """Its tiles are others, and its architecture is always the same: a list of them would mislead."""
+    message = "trillama: error: TRITON_INTERPRET is set, expected it unset: tune is of compiled code"
+    status, out, error = listed("dq", TRITON_INTERPRET="1")
+    assert (status, out) == (2, "")
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--list --arch foo", "--arch is 'foo', expected one of sm_80, "),
+        ("--list --arch sm_foo", "--arch is 'sm_foo', expected one of sm_80, "),
+        ("--list --arch=", "--arch is '', expected one of sm_80, "),
+        ("--arch sm_80", "--arch is 'sm_80' without --list, expected none"),
+        *((f"--list --limit {value}", f"--limit is {value}, expected a number of seconds") for value in ("-3", "0", "nan", "inf")),
+        ("--list softmax", "ENTRY is 'softmax', expected one of attention, "),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_before_anything_runs(line, message, monkeypatch):
+    monkeypatch.setattr(tune.Target, "candidates", None)
+    with pytest.raises(ValueError) as caught:
+        tune.main(line.split())
+    assert str(caught.value).startswith(message)
 
 
 def test_a_backward_varies_nothing_of_its_forward():

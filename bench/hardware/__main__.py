@@ -6,6 +6,9 @@ Every result is written to DIR/results.jsonl the moment it exists; DIR/log.txt h
 a summary of at most 10,000 characters, failures first. Where DIR holds a run already, the files of this one are results-2.jsonl
 and so on. First what all sections launch is compiled on all cores, then things are timed one by one.
 `python -m trillama.bench.report DIR/results.jsonl` makes tables and plots of it.
+
+Exit status: 0 where something was measured and all of it went well, 1 where something failed, nothing was measured or a result is
+not on disk, 2 where it cannot begin, 130 after an interruption, which keeps what there is and ends with the summary as well.
 """
 
 import contextlib
@@ -65,8 +68,8 @@ def tell(text):
 
 
 class Record:
-    """The results so far, each on disk before the next one begins. Its files are new: where the folder holds those of a run, these
-    get a number."""
+    """The results so far, each on disk before the next one begins, or with the next one for which there is room: `missing` is how
+    many are not, `why` the error. Its files are new: where the folder holds those of a run, these get a number."""
 
     def __init__(self, folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,22 +80,30 @@ class Record:
             )
             if not self.log.exists() and not self.summary.exists():
                 with contextlib.suppress(FileExistsError):
-                    self.file = open(self.results, "xb")  # noqa: SIM115 - as long as the process
+                    self.file = open(self.results, "xb", buffering=0)  # noqa: SIM115 - as long as the process
                     break
-        self.lines = []
+        self.lines, self.unwritten, self.missing, self.why = [], b"", 0, None
 
     def add(self, name, job, status="ok", /, **fields):
         line = {**fields, "section": name, "job": job, "status": status}
-        text = json.dumps(line).encode() + b"\n"
+        self.unwritten += json.dumps(line).encode() + b"\n"
         self.lines.append(line)
-        try:
-            self.file.write(text)
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:  # a full disk: the summary still has it
-            tell(f"  {name}: {job}: not on disk: {error}")
+        self.missing += 1
+        self.write()
+        if self.missing:  # the summary still has it
+            tell(f"  {name}: {job}: not on disk: {self.why}")
         if status != "ok":
             tell(f"  {name}: {job}: {status}: {fields.get('error')}")
+
+    def write(self):
+        try:
+            while self.unwritten:  # a full disk may take a part of a line, the rest of which follows
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            self.why = error
+        else:
+            self.missing = 0
 
     def of(self, name):
         return [line for line in self.lines if line["section"] == name]
@@ -173,10 +184,13 @@ def summary(plan, record, rehearse):
     begun = {(r["section"], r["job"]) for r in record.lines}
     left = [r["section"] for r in record.lines if r["status"] == "left out"]
     left += [name for name, jobs in plan.items() for job in jobs if (name, job.name) not in begun]  # an interruption
-    lines += ["", f"FAILURES: {len(bad)}" if bad else "No failure."]
+    measured = any(r["status"] == "ok" for r in record.lines)
+    lines += ["", f"FAILURES: {len(bad)}" if bad else "No failure." if measured else "NOTHING WAS MEASURED."]
     lines += [f"  {r['section']}: {r['job']}: {r['status']}: {r.get('error')}"[:240] for r in bad[:25]]
     if len(bad) > 25:
         lines.append(f"  and {len(bad) - 25} more in {record.results.name}")
+    if record.missing:
+        lines.append(f"NOT ON DISK: {record.missing} of {len(record.lines)} results: {record.why}")
     if left:
         lines.append("Left out: " + ", ".join(f"{left.count(name)} of {name}" for name in plan if name in left))
     text = "\n".join(lines)
@@ -309,18 +323,29 @@ def main(argv=None):
         record = Record(folder)
         for name, error in wrong.items():
             record.add(name, "all", "failed", error=error)
+        interrupted = False
         try:
             measure(plan, record, until, options.rehearse)
         except KeyboardInterrupt:
+            interrupted = True
             tell("interrupted")
         except Exception as error:  # of this program's own: what there is must not be lost
             traceback.print_exc()
             record.add("facts", "the run", "failed", error=one_line(error))
+        record.write()  # there may be room by now
         text = summary(plan, record, options.rehearse)
         tell("\n" + text)
-        record.summary.write_text(text + "\n", encoding="utf-8")
+        kept = not record.missing
+        try:
+            record.summary.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            kept = False
+            tell(f"the summary is not on disk: {error}")
         tell(f"results: {record.results}")
-    return 1 if any(r["status"] not in ("ok", "left out") for r in record.lines) else 0
+    if interrupted:
+        return 130
+    statuses = {r["status"] for r in record.lines}
+    return 0 if kept and "ok" in statuses and statuses <= {"ok", "left out"} else 1
 
 
 if __name__ == "__main__":
