@@ -75,6 +75,9 @@ def _run(folder, rank, environment, function, arguments):
         stream.flush()
         with open(f"{folder}/{rank}.{name}", "wb") as file:
             os.dup2(file.fileno(), stream.fileno())
+    import torch
+
+    torch.set_num_threads(1)  # torchrun's default; threads that spin for others without a core made ten seconds a hundred
     try:
         result = function(*arguments)
     except SystemExit as end:
