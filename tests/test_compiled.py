@@ -60,7 +60,7 @@ def violations(r):
         narrow = {width: n for width, n in where[kind].items() if width not in ("128", "256", "TMA")}
         steps = 1
         if kind == "loads" and r["kernel"] == "linear_kernel" and r["loop"] is None:
-            steps = r["loads"]["128"] // 8  # in bfloat16 each has eight wide ones
+            steps = r["loads"].get("128", 0) // 8  # in bfloat16 each has eight wide ones
         if sum(narrow.values()) > steps * allowed:
             found.append(f"{kind} of {narrow} bits")
     products = r["op"].startswith("flash_attention") and r["kernel"] != "delta_kernel" and r["dtype"] != "fp32"
