@@ -708,6 +708,39 @@ def check(condition, message):
         raise ValueError(message())
 
 
+def number(op, name, x):
+    """x as a float: a number of Python or numpy, or a tensor of one element that no gradient is asked of."""
+    if type(x) is float or isinstance(x, (torch.SymFloat, torch.SymInt)):
+        return x
+    if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: {name} requires a gradient, which this op does not give: expected a number or a detached tensor")
+    try:
+        return float(None if isinstance(x, str) else x)  # "1.0" is no number
+    except (TypeError, ValueError, RuntimeError):  # no number, or more than one
+        raise TypeError(f"{op}: {name} is {_described(x)}, expected a number") from None
+
+
+def whole(op, name, x):
+    """x as an int: an integer of Python or numpy, or an integer tensor of one element."""
+    if type(x) is int or isinstance(x, torch.SymInt):
+        return x
+    try:
+        return operator.index(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{op}: {name} is {_described(x)}, expected an integer") from None
+
+
+def _described(x):
+    if isinstance(x, torch.Tensor):
+        return f"a {x.dtype} tensor of shape {tuple(x.shape)}"
+    return f"{x!r}" if isinstance(x, (int, float, str)) else type(x).__name__
+
+
+def host_sees(*tensors):
+    """Whether the values of the tensors (None is passed over) can be looked at without a wait for a GPU, and mean something."""
+    return all(t is None or (t.device.type == "cpu" and type(t) in _PLAIN) for t in tensors) and not torch.compiler.is_compiling()
+
+
 def check_same(op, same_dtype=True, **tensors):
     """All given tensors (None is skipped) are floating-point and share device and, unless told otherwise, dtype with the first."""
     (name, x), *others = ((n, t) for n, t in tensors.items() if t is not None)
