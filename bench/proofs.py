@@ -407,16 +407,24 @@ def formula_varlen(q, k, v, lengths_q, lengths_k, **options):
     return torch.cat(outs), torch.cat(lses, 1)
 
 
-def flash_attention_varlen(device, dtype, *, lengths_q, lengths_k=None, Hq=2, Hk=1, D=64, options=()):
-    """Forward and backward. lengths_k: None, those of the queries."""
+def flash_attention_varlen(device, dtype, *, lengths_q, lengths_k=None, Hq=2, Hk=1, D=64, options=(), outside=(0, 0)):
+    """Forward and backward. lengths_k: None, those of the queries. outside: so many tokens of NaN in front of the first sequence
+    and behind the last."""
     lengths_k, options = lengths_k or lengths_q, dict(options)
-    tensors = packed(lengths_q, Hq, D, dtype), packed(lengths_k, Hk, D, dtype), packed(lengths_k, Hk, D, dtype)
-    where, longest = (cuts(lengths_q), cuts(lengths_k)), (max(lengths_q), max(lengths_k))
+    before, behind = outside
+    tensors = [packed((before, *n, behind), h, D, dtype) for n, h in ((lengths_q, Hq), (lengths_k, Hk), (lengths_k, Hk))]
+    for t in tensors:
+        t[:before], t[len(t) - behind :] = math.nan, math.nan
+    where, longest = [cuts(n) + before for n in (lengths_q, lengths_k)], (max(lengths_q), max(lengths_k))
     on = [move(t, device) for t in where]
+
+    def exact(q, k, v):
+        out, lse = formula_varlen(*(t[before : len(t) - behind] for t in (q, k, v)), lengths_q, lengths_k, **options)
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, *outside)), torch.nn.functional.pad(lse, outside, value=-math.inf)
+
     got, _ = _with_gradients(
-        device, tensors, [torch.randn(sum(lengths_q), Hq, D).to(dtype), None],
-        lambda *t: kernels.flash_attention_varlen(*t, *on, *longest, return_lse=True, **options),
-        lambda *t: formula_varlen(*t, lengths_q, lengths_k, **options),
+        device, tensors, [torch.randn(len(tensors[0]), Hq, D).to(dtype), None],
+        lambda *t: kernels.flash_attention_varlen(*t, *on, *longest, return_lse=True, **options), exact,
         lambda *t: reference.flash_attention_varlen(*t, *where, *longest, return_lse=True, **options), lse=True,
     )  # fmt: skip
     assert got[0].is_contiguous()
@@ -756,6 +764,7 @@ ATTENTION = [
     ("  window of 64", 1, 2, 1, 260, 260, 64, "transposed", {"window": 64}),
     ("  wide window", 1, 2, 1, 60, 60, 64, "transposed", {"window": 1000}),
     ("  window, longer queries", 1, 2, 1, 150, 60, 64, "transposed", {"window": 33}),
+    ("  negative scale, square", 1, 2, 1, 90, 90, 64, "transposed", {"scale": -0.2}),
     ("  window, not causal", 1, 2, 1, 140, 100, 64, "transposed", {"window": 20, "causal": False}),
     ("* softcap", 1, 2, 1, 90, 120, 64, "transposed", {"softcap": 3.0}),
     ("  large softcap", 1, 2, 1, 70, 70, 64, "transposed", {"softcap": 50.0, "scale": 1.0}),
@@ -786,6 +795,8 @@ ATTENTION_BACKWARD = [
     ("* softcap", 1, 2, 1, 90, 100, 64, {"softcap": 3.0}, True),
     ("  softcap, window, scale", 1, 2, 1, 70, 70, 64, {"softcap": 2.0, "window": 20, "scale": 0.7}, True),
     ("  negative scale", 1, 2, 1, 70, 70, 64, {"scale": -0.2}, True),
+    ("- scale of 0", 1, 2, 1, 70, 90, 64, {"scale": 0.0}, False),
+    ("  negative scale", 1, 2, 1, 70, 70, 64, {"scale": -0.2}, True),
     ("  zero scale", 1, 2, 1, 40, 40, 64, {"scale": 0.0}, True),
 ]  # fmt: skip
 VARLEN = [
@@ -800,6 +811,9 @@ VARLEN = [
     ("  softcap", (30, 40), None, 2, 1, 64, {"softcap": 3.0, "scale": 0.5}),
     ("- one sequence", (33,), None, 7, 1, 32, {}),
     ("  many of one token", (1,) * 5, None, 2, 1, 64, {}),
+    ("- more sequences than are looked through at a time", (2, 0, 1) * 100, (1, 2, 3) * 100, 1, 1, 16, {}),
+    ("* tokens outside", (40, 3), (30, 80), 2, 1, 64, {}, (70, 33)),
+    ("  tokens outside, window, softcap", (40, 3), None, 2, 1, 64, {"window": 9, "softcap": 3.0}, (1, 2)),
 ]  # fmt: skip
 _FORWARD = ["B", "Hq", "Hk", "S", "T", "D", "kind", "options"]
 _BACKWARD = ["B", "Hq", "Hk", "S", "T", "D", "options", "dlse"]
@@ -807,7 +821,7 @@ FLASH_ATTENTION = {
     **{name: dict(zip(_FORWARD, row)) for name, *row in ATTENTION},
     **{f"{name[:2]}backward, {name[2:]}": dict(zip(_BACKWARD, row), backward=True) for name, *row in ATTENTION_BACKWARD},
 }
-FLASH_ATTENTION_VARLEN = {name: dict(zip(["lengths_q", "lengths_k", "Hq", "Hk", "D", "options"], row)) for name, *row in VARLEN}
+FLASH_ATTENTION_VARLEN = {name: dict(zip(["lengths_q", "lengths_k", "Hq", "Hk", "D", "options", "outside"], row)) for name, *row in VARLEN}
 
 
 def _cached(Hq, Hk, T, lengths, **more):

@@ -12,10 +12,10 @@ gives the same bits.
 
 A query at position p sees the keys p - left .. p + right; the last query meets the last key, so query i of S stands at
 position i + T - S. Seen from a key it is the same with left and right, S and T exchanged. Packed sequences are the same kernels
-with one more offset: a batch of one, cut by `cu_seqlens`.
+with one more offset: a batch of one, cut by `cu_seqlens`, where each program finds its own sequence.
 """
 
-from itertools import pairwise
+import math
 from typing import Optional
 
 import torch
@@ -30,20 +30,24 @@ from .dispatch import (
     check,
     check_same,
     fresh,
+    host_sees,
     jit,
     launch,
+    number,
     nvidia,
     register,
     remembered,
     taped,
     tl,
     uses_triton,
+    whole,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LIMIT = tl.constexpr(2.0**40)  # of a sum of weights, relative to a maximum that later scores may outgrow
 LIMIT16 = tl.constexpr(2.0**15)  # for weights that float16 has to hold
+CUTS = tl.constexpr(256)  # of packed sequences, looked through at a time
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -65,29 +69,58 @@ def _tanh(x):
 
 
 @jit
-def _program(rows, heads, section, LAST_FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """(first row of the tile, flat batch and head) of this program.
+def _program(tiles, heads, section, LAST_FIRST: tl.constexpr):
+    """(number of the tile, flat batch and head) of this program.
 
     Heads go in sections whose operands fit in the L2 cache together. Within a section the tiles that see most under a causal mask
     start first, so that none of them is left over at the end, and the heads of one group run side by side.
     """
     program = tl.program_id(0)
-    tiles = tl.cdiv(rows, BLOCK)
     first = program // (section * tiles) * section
     width = tl.minimum(section, heads - first)
     inside = program - first * tiles
     tile = inside // width
-    return (tiles - 1 - tile if LAST_FIRST else tile) * BLOCK, first + inside % width
+    return tiles - 1 - tile if LAST_FIRST else tile, first + inside % width
 
 
 @jit
-def _sequence(starts_ptr, batch, length):
-    """(offset, length) of sequence number `batch` of a packed tensor, (0, length) where nothing is packed."""
+def _tiles(rows, starts_ptr, sequences, BLOCK: tl.constexpr):
+    """How many tiles of BLOCK rows there are; of packed sequences, how many numbers `_place` gives to them."""
+    return tl.cdiv(rows, BLOCK) if starts_ptr is None else rows // BLOCK + sequences + 2
+
+
+@jit
+def _cut(starts_ptr, i, sequences, rows):
+    """Where packed sequence i begins: 0 are the tokens in front of the first, sequences + 1 those behind the last. Whatever a user
+    has written there, it is within the tensor."""
+    start = tl.load(starts_ptr + i - 1, (i > 0) & (i < sequences + 2), other=0)
+    return tl.where(i < sequences + 2, tl.minimum(tl.maximum(start, 0), rows), rows).to(tl.int32)
+
+
+@jit
+def _place(tile, starts_ptr, others_ptr, sequences, rows, others, BLOCK: tl.constexpr):
+    """(first row of the tile within its sequence, the sequence's offset and length, offset and length of what it sees or is seen
+    by). A tile without rows is told by a first row that is not below the length.
+
+    Sequence i, from c to d, has the tiles c // BLOCK + i .. d // BLOCK + i: enough for its rows, and where they begin needs no sum
+    over the sequences before. It is looked for as the first that ends behind the tile; so every row belongs to some program even
+    where cuts decrease, which would otherwise leave rows unwritten.
+    """
     if starts_ptr is None:
-        return tl.cast(0, tl.int64), length
+        return tile * BLOCK, tl.cast(0, tl.int64), rows, tl.cast(0, tl.int64), others
     else:
-        start = tl.load(starts_ptr + batch).to(tl.int64)
-        return start, (tl.load(starts_ptr + batch + 1) - start).to(tl.int32)
+        found = tl.full((CUTS,), 0, tl.int32) + (sequences + 2)
+        for before in range(0, sequences + 1, CUTS):
+            i = before + 1 + tl.arange(0, CUTS)
+            beyond = _cut(starts_ptr, i, sequences, rows) // BLOCK + i > tile
+            found = tl.where(beyond, tl.minimum(found, i), found)
+        i = tl.min(found) - 1
+        start = _cut(starts_ptr, i, sequences, rows)
+        length = _cut(starts_ptr, i + 1, sequences, rows) - start
+        real = (i > 0) & (i <= sequences)
+        start_other = tl.where(real, _cut(others_ptr, i, sequences, others), 0)
+        length_other = tl.where(real, tl.maximum(_cut(others_ptr, i + 1, sequences, others) - start_other, 0), 0)
+        return (tile - start // BLOCK - i) * BLOCK, start.to(tl.int64), length, start_other.to(tl.int64), length_other
 
 
 @jit
@@ -234,9 +267,9 @@ def _forward_steps(
     return acc, total, top
 
 
-@jit(do_not_specialize=["S", "T", "left", "right", "heads", "section", "lse_stride"])
+@jit(do_not_specialize=["sequences", "S", "T", "left", "right", "heads", "section", "lse_stride"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr, scale, softcap, left, right, S, T, heads, section,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr, sequences, scale, softcap, left, right, S, T, heads, section,
     lse_stride, q_strides, k_strides, v_strides, out_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -248,10 +281,9 @@ def _forward_kernel(
     first tile, give one; the others are walked as if no score were much larger, without maxima and rescaling, a quarter of the
     loop. Where the sums tell that one was, everything is walked again with a maximum that rises.
     """
-    m, flat = _program(S, heads, section, True, BLOCK_M)
+    tile, flat = _program(_tiles(S, starts_q_ptr, sequences, BLOCK_M), heads, section, True)
     batch, head = (flat // HEADS).to(tl.int64), flat % HEADS
-    start_q, S = _sequence(starts_q_ptr, batch, S)
-    start_k, T = _sequence(starts_k_ptr, batch, T)
+    m, start_q, S, start_k, T = _place(tile, starts_q_ptr, starts_k_ptr, sequences, S, T, BLOCK_M)
     if m >= S:
         return
     kv_head = (head // GROUP).to(tl.int64)
@@ -299,7 +331,7 @@ def _forward_kernel(
     total = tl.where(total == 0.0, 1.0, total)  # a row that saw nothing: 0 / 1, and -inf + log2(1)
     _store(out_ptr, acc * (1.0 / total)[:, None], m, S, out_strides, BLOCK_M, D, BLOCK_D)
     if lse_ptr is not None:
-        lse_ptr += (flat.to(tl.int64) if starts_q_ptr is None else head) * lse_stride + start_q
+        lse_ptr += flat.to(tl.int64) * lse_stride + start_q
         row = m + tl.arange(0, BLOCK_M)
         tl.store(lse_ptr + row, (top + tl.log2(total)) * LN2, row < S)
 
@@ -356,18 +388,17 @@ def _dq_steps(
     return dq
 
 
-@jit(do_not_specialize=["S", "T", "left", "right", "heads", "section", "row_stride"])
+@jit(do_not_specialize=["sequences", "S", "T", "left", "right", "heads", "section", "row_stride"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, starts_q_ptr, starts_k_ptr, scale, softcap, left, right, S, T,
-    heads, section, row_stride, q_strides, k_strides, v_strides, dout_strides, dq_strides,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, starts_q_ptr, starts_k_ptr, sequences, scale, softcap, left, right,
+    S, T, heads, section, row_stride, q_strides, k_strides, v_strides, dout_strides, dq_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of BLOCK_M queries of one head: walks the keys as the forward does, three products a tile."""
-    m, flat = _program(S, heads, section, True, BLOCK_M)
+    tile, flat = _program(_tiles(S, starts_q_ptr, sequences, BLOCK_M), heads, section, True)
     batch, head = (flat // HEADS).to(tl.int64), (flat % HEADS).to(tl.int64)
-    start_q, S = _sequence(starts_q_ptr, batch, S)
-    start_k, T = _sequence(starts_k_ptr, batch, T)
+    m, start_q, S, start_k, T = _place(tile, starts_q_ptr, starts_k_ptr, sequences, S, T, BLOCK_M)
     if m >= S:
         return
     kv_head = head // GROUP
@@ -381,7 +412,7 @@ def _dq_kernel(
     factor = _base2(scale, softcap)
 
     row = tl.arange(0, BLOCK_M)
-    first = (flat.to(tl.int64) if starts_q_ptr is None else head) * row_stride + start_q + m
+    first = flat.to(tl.int64) * row_stride + start_q + m
     lse = tl.load(lse_ptr + first + row, row < S - m, other=float("inf"))
     delta = tl.load(delta_ptr + first + row, row < S - m, other=0.0)
     q = _tile(q_ptr, 0, S - m, q_strides, BLOCK_M, D, BLOCK_D, False, True)
@@ -439,26 +470,25 @@ def _dkv_steps(
     return dk, dv
 
 
-@jit(do_not_specialize=["S", "T", "left", "right", "heads", "section", "row_stride"])
+@jit(do_not_specialize=["sequences", "S", "T", "left", "right", "heads", "section", "row_stride"])
 def _dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_q_ptr, starts_k_ptr, scale, softcap, left, right,
-    S, T, heads, section, row_stride, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_q_ptr, starts_k_ptr, sequences, scale, softcap, left,
+    right, S, T, heads, section, row_stride, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, GATHER: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one tile of BLOCK_N keys and values of one head: walks the queries of all heads of its group in turn, so
     that the group is summed in registers, four products a tile."""
-    n, flat = _program(T, heads, section, False, BLOCK_N)
+    tile, flat = _program(_tiles(T, starts_k_ptr, sequences, BLOCK_N), heads, section, False)
     batch, kv_head = (flat // HEADS).to(tl.int64), (flat % HEADS).to(tl.int64)
-    start_q, S = _sequence(starts_q_ptr, batch, S)
-    start_k, T = _sequence(starts_k_ptr, batch, T)
+    n, start_k, T, start_q, S = _place(tile, starts_k_ptr, starts_q_ptr, sequences, T, S, BLOCK_N)
     if n >= T:
         return
     q_ptr += batch * q_strides[0] + kv_head * GROUP * q_strides[1] + start_q * q_strides[2]
     dout_ptr += batch * dout_strides[0] + kv_head * GROUP * dout_strides[1] + start_q * dout_strides[2]
     k_ptr += batch * k_strides[0] + kv_head * k_strides[1] + (start_k + n) * k_strides[2]
     v_ptr += batch * v_strides[0] + kv_head * v_strides[1] + (start_k + n) * v_strides[2]
-    first = (flat.to(tl.int64) if starts_q_ptr is None else kv_head) * GROUP * row_stride + start_q
+    first = flat.to(tl.int64) * GROUP * row_stride + start_q
     lse_ptr += first
     delta_ptr += first
     low, a, b, high = _range(n, T, S, right, left, BLOCK_N, BLOCK_M)
@@ -503,7 +533,9 @@ def _precision(x):
 
 
 def _allow_tf32():
-    return torch.backends.cuda.matmul.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 has a switch of three states instead; who has set that one may no longer read the old one, which sets the new one.
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def _strides(x, starts):
@@ -533,35 +565,40 @@ def _describable(x):
     return x.stride(3) == 1 and not any(n * x.element_size() % 16 for n in (*x.stride()[:3], x.data_ptr() // x.element_size()))
 
 
-def _forward(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, softcap, left, right, need_lse):
+def _grid(rows, starts, heads, block):
+    """As many programs as `_tiles` has tiles, times heads."""
+    return ((cdiv(rows, block) if starts is None else rows // block + len(starts) + 1) * heads,)
+
+
+def _forward(q, k, v, starts_q, starts_k, scale, softcap, left, right, need_lse):
     """(out [B, Hq, S, D], in memory [B, S, Hq, D]; lse [B, Hq, S] or empty). Packed sequences: B is 1, `starts` cut S and T."""
     out, lse = (fresh(t) for t in _outputs(q, need_lse))
     if scale < 0:  # the kernel takes the largest score before it scales
         q, scale = taped(torch.neg, q), -scale
     B, Hq, S, D = q.shape
-    Hk = k.shape[1]
+    Hk, T = k.shape[1:3]
     tile = tuning.attention(architecture(q), D, q.element_size())
-    heads = Hq * (B if starts_q is None else len(starts_q) - 1)
     descriptors = tile.descriptors and _describable(k) and _describable(v)
     launch(
         _forward_kernel,
-        (cdiv(longest_q, tile.block_m) * heads,),
-        q, k, v, out, lse if need_lse else None, starts_q, starts_k, scale, softcap, left, right,
-        longest_q, longest_k, heads, _section(k, heads, Hq // Hk), S,
+        _grid(S, starts_q, B * Hq, tile.block_m),
+        q, k, v, out, lse if need_lse else None, starts_q, starts_k, _sequences(starts_q), scale, softcap, left, right,
+        S, T, B * Hq, _section(k, B * Hq, Hq // Hk), S,
         *(_strides(t, starts_q) for t in (q, k, v, out)),
         HEADS=Hq, GROUP=Hq // Hk, DESCRIPTORS=descriptors, **_constants(tile, q),
     )  # fmt: skip
     return out, lse
 
 
-def _backward(
-    dout, dlse, q, k, v, out, lse, starts_q, starts_k, longest_q, longest_k, scale, softcap, left, right, need_dq, need_dkv
-):  # fmt: skip
+def _sequences(starts):
+    return 0 if starts is None else len(starts) - 1
+
+
+def _backward(dout, dlse, q, k, v, out, lse, starts_q, starts_k, scale, softcap, left, right, need_dq, need_dkv):
     """(dq, dk, dv), those that are not needed are empty."""
     B, Hq, S, D = q.shape
-    Hk = k.shape[1]
+    Hk, T = k.shape[1:3]
     arch, group = architecture(q), Hq // Hk
-    sequences = B if starts_q is None else len(starts_q) - 1
     dq, dk, dv = _gradients_like(q, k, v, need_dq, need_dkv)
     delta, lse2 = torch.empty((2, B, Hq, S), dtype=torch.float32, device=q.device)
     launch(
@@ -572,23 +609,21 @@ def _backward(
     )  # fmt: skip
     tile_dq, tile_dkv = tuning.attention_backward(arch, D, q.element_size())
     if need_dq:
-        heads = Hq * sequences
         descriptors = tile_dq.descriptors and _describable(k) and _describable(v)
         launch(
             _dq_kernel,
-            (cdiv(longest_q, tile_dq.block_m) * heads,),
-            q, k, v, dout, lse2, delta, dq, starts_q, starts_k, scale, softcap, left, right,
-            longest_q, longest_k, heads, _section(k, heads, group), S,
+            _grid(S, starts_q, B * Hq, tile_dq.block_m),
+            q, k, v, dout, lse2, delta, dq, starts_q, starts_k, _sequences(starts_q), scale, softcap, left, right,
+            S, T, B * Hq, _section(k, B * Hq, group), S,
             *(_strides(t, starts_q) for t in (q, k, v, dout, dq)),
             HEADS=Hq, GROUP=group, DESCRIPTORS=descriptors, **_constants(tile_dq, q),
         )  # fmt: skip
     if need_dkv:
-        heads = Hk * sequences
         launch(
             _dkv_kernel,
-            (cdiv(longest_k, tile_dkv.block_n) * heads,),
-            q, k, v, dout, lse2, delta, dk, dv, starts_q, starts_k, scale, softcap, left, right,
-            longest_q, longest_k, heads, _section(q, heads * group, 1) // group or 1, S,
+            _grid(T, starts_k, B * Hk, tile_dkv.block_n),
+            q, k, v, dout, lse2, delta, dk, dv, starts_q, starts_k, _sequences(starts_k), scale, softcap, left, right,
+            S, T, B * Hk, _section(q, B * Hq, 1) // group or 1, S,
             *(_strides(t, starts_q) for t in (q, k, v, dout, dk, dv)),
             HEADS=Hk, GROUP=group, GATHER=tile_dkv.gather, EDGE_STAGES=tile_dkv.edge_stages, **_constants(tile_dkv, q),
         )  # fmt: skip
@@ -607,16 +642,18 @@ def _outputs(q, need_lse):
 
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts_q: Optional[torch.Tensor], starts_k: Optional[torch.Tensor],
-    longest_q: int, longest_k: int, scale: float, softcap: Optional[float], left: Optional[int], right: Optional[int],
-    need_lse: bool,
+    scale: float, softcap: Optional[float], left: Optional[int], right: Optional[int], need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    sequences = None
+    if starts_q is not None and (not uses_triton(q) or host_sees(starts_q, starts_k)):
+        sequences = reference.sequences(starts_q, starts_k, q.shape[2], k.shape[2])
     if uses_triton(q):
-        return _forward(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, softcap, left, right, need_lse)
-    if starts_q is None:
+        return _forward(q, k, v, starts_q, starts_k, scale, softcap, left, right, need_lse)
+    if sequences is None:
         out, lse = reference.attention(q, k, v, scale, left, right, softcap, need_lse)
         return _heads_inside(out), lse if need_lse else q.new_empty(0, dtype=reference.wide(q.dtype))
     out, lse = _outputs(q, need_lse)
-    for rows, keys in _sequences(starts_q, starts_k):
+    for rows, keys in sequences:
         o, l = reference.attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, left, right, softcap, need_lse)
         out[:, :, rows] = o
         if need_lse:
@@ -630,14 +667,6 @@ def _heads_inside(x):
     return x if x.stride() == (S * H * D, D, H * D, 1) else x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _sequences(starts_q, starts_k):
-    """(rows, keys) of each sequence, as slices."""
-    if starts_q is None:
-        return [(slice(None), slice(None))]
-    cuts = [[slice(a, b) for a, b in pairwise(starts)] for starts in (starts_q.tolist(), starts_k.tolist())]
-    return list(zip(*cuts))
-
-
 def _gradients_like(q, k, v, need_dq, need_dkv):
     """Uninitialised (dq, dk, dv), in memory [B, S, H, D] as `out`; empty where not needed."""
     need = (need_dq, need_dkv, need_dkv)
@@ -646,15 +675,14 @@ def _gradients_like(q, k, v, need_dq, need_dkv):
 
 def _attention_backward(
     dout: torch.Tensor, dlse: Optional[torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-    lse: torch.Tensor, starts_q: Optional[torch.Tensor], starts_k: Optional[torch.Tensor], longest_q: int, longest_k: int,
-    scale: float, softcap: Optional[float], left: Optional[int], right: Optional[int], need_dq: bool, need_dkv: bool,
+    lse: torch.Tensor, starts_q: Optional[torch.Tensor], starts_k: Optional[torch.Tensor], scale: float, softcap: Optional[float],
+    left: Optional[int], right: Optional[int], need_dq: bool, need_dkv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     if uses_triton(q):
-        return _backward(
-            dout, dlse, q, k, v, out, lse, starts_q, starts_k, longest_q, longest_k, scale, softcap, left, right, need_dq, need_dkv
-        )
+        return _backward(dout, dlse, q, k, v, out, lse, starts_q, starts_k, scale, softcap, left, right, need_dq, need_dkv)
     gradients = _gradients_like(q, k, v, need_dq, need_dkv)
-    for rows, keys in _sequences(starts_q, starts_k):
+    whole = [(slice(None), slice(None))]
+    for rows, keys in whole if starts_q is None else reference.sequences(starts_q, starts_k, q.shape[2], k.shape[2]):
         parts = reference.attention_backward(
             dout[:, :, rows], None if dlse is None else dlse[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys],
             out[:, :, rows], lse[:, :, rows], scale, left, right, softcap,
@@ -702,12 +730,14 @@ def _check(op, q, k, v, softcap, window, axes):
     check(v.shape == k.shape, lambda: f"{op}: v has shape {tuple(v.shape)}, expected {tuple(k.shape)} as k")
     check(1 <= D <= 256, lambda: f"{op}: q has head size {D}, expected 1 to 256")
     check(Hk > 0 and Hq % Hk == 0, lambda: f"{op}: q has {Hq} heads, expected a multiple of k's {Hk}")
-    check(softcap is None or softcap > 0, lambda: f"{op}: softcap is {softcap}, expected a positive number or None")
-    whole = isinstance(window, (int, torch.SymInt)) and window > 0
-    check(window is None or whole, lambda: f"{op}: window is {window}, expected a positive integer or None")
+    softcap = None if softcap is None else number(op, "softcap", softcap)
+    check(softcap is None or 0 < softcap < math.inf, lambda: f"{op}: softcap is {softcap}, expected a positive number or None")
+    window = None if window is None else whole(op, "window", window)
+    check(window is None or window > 0, lambda: f"{op}: window is {window}, expected a positive integer or None")
+    return softcap, window
 
 
-def _check_starts(op, q, cu_seqlens_q, cu_seqlens_k):
+def _check_starts(op, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(starts, torch.Tensor) or starts.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{op}: {name} is {getattr(starts, 'dtype', type(starts).__name__)}, expected an int32 or int64 tensor")
@@ -720,15 +750,25 @@ def _check_starts(op, q, cu_seqlens_q, cu_seqlens_k):
         len(cu_seqlens_q) == len(cu_seqlens_k),
         lambda: f"{op}: cu_seqlens_k has {len(cu_seqlens_k)} entries, expected {len(cu_seqlens_q)} as cu_seqlens_q",
     )
+    if host_sees(cu_seqlens_q, cu_seqlens_k):
+        taped(_refuse_lengths, f"{op}: cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
+        taped(_refuse_lengths, f"{op}: cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
 
 
-def _run(q, k, v, starts_q, starts_k, longest_q, longest_k, left, right, scale, softcap, return_lse):
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    need_lse = return_lse or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-    softcap = None if softcap is None else float(softcap)
-    return call(
-        _attention_op, _attention, q, k, v, starts_q, starts_k, longest_q, longest_k, scale, softcap, left, right, need_lse
+def _refuse_lengths(name, starts, x, longest):
+    """Lengths can pass for cuts; they add up to the tokens, and the largest is the longest."""
+    lengths = starts.tolist()
+    check(
+        lengths[0] == 0 or sum(lengths) != x.shape[0] or max(lengths) != longest,
+        lambda: f"{name} holds lengths, which add up to the {x.shape[0]} tokens, expected where sequences start: 0 and running sums",
     )
+
+
+def _run(op, q, k, v, starts_q, starts_k, left, right, scale, softcap, return_lse):
+    scale = q.shape[-1] ** -0.5 if scale is None else number(op, "scale", scale)
+    check(-math.inf < scale < math.inf, lambda: f"{op}: scale is {scale}, expected a finite number")
+    need_lse = return_lse or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+    return call(_attention_op, _attention, q, k, v, starts_q, starts_k, scale, softcap, left, right, need_lse)
 
 
 @remembered
@@ -743,11 +783,10 @@ def flash_attention(q, k, v, *, causal=True, scale=None, window=None, softcap=No
     exponentials, float32 [B, Hq, S]. A row that sees no key gives 0 and -inf. Differentiable in q, k and v.
     Raises ValueError or TypeError for arguments that do not fit. Source: arXiv:2307.08691.
     """
-    _check("flash_attention", q, k, v, softcap, window, ("B", "H", "S", "D"))
-    check(
-        q.shape[0] == k.shape[0], lambda: f"flash_attention: k has shape {tuple(k.shape)}, expected batch size {q.shape[0]} as q"
-    )
-    out, lse = _run(q, k, v, None, None, q.shape[2], k.shape[2], *reference.span(causal, window), scale, softcap, return_lse)
+    op = "flash_attention"
+    softcap, window = _check(op, q, k, v, softcap, window, ("B", "H", "S", "D"))
+    check(q.shape[0] == k.shape[0], lambda: f"{op}: k has shape {tuple(k.shape)}, expected batch size {q.shape[0]} as q")
+    out, lse = _run(op, q, k, v, None, None, *reference.span(causal, window), scale, softcap, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -759,16 +798,19 @@ def flash_attention_varlen(
     """`flash_attention` of sequences packed one behind the other, each for itself.
 
     q: [tokens, Hq, D]; k, v: [tokens, Hk, D]. cu_seqlens_q, cu_seqlens_k: integers [B + 1] on the same device, sequence b is made
-    of the tokens cu_seqlens[b] .. cu_seqlens[b + 1]; max_seqlen_q, max_seqlen_k: at least the longest length. Returns out
-    [tokens, Hq, D] and with return_lse also lse [Hq, tokens]. Everything else as in `flash_attention`.
+    of the tokens cu_seqlens[b] .. cu_seqlens[b + 1]. Tokens in front of the first and behind the last belong to none: out and their
+    gradients are 0 there, lse is -inf. max_seqlen_q, max_seqlen_k: the longest lengths, which flash-attention's callers have at
+    hand; nothing depends on them. Returns out [tokens, Hq, D] and with return_lse also lse [Hq, tokens].
+
+    Cuts that decrease or lie outside the tensor are refused where they are on the CPU. On a GPU, where that would mean to wait for
+    it, they count as if moved to the tensor's ends: nothing outside it is read, every row is written, and which sequence a token
+    between such cuts is taken to be of is not said. Everything else as in `flash_attention`.
     """
     op = "flash_attention_varlen"
-    _check(op, q, k, v, softcap, window, ("tokens", "H", "D"))
-    _check_starts(op, q, cu_seqlens_q, cu_seqlens_k)
+    softcap, window = _check(op, q, k, v, softcap, window, ("tokens", "H", "D"))
+    _check_starts(op, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     q, k, v = (taped(_batch_of_one, t) for t in (q, k, v))
-    out, lse = _run(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *reference.span(causal, window), scale, softcap, return_lse
-    )
+    out, lse = _run(op, q, k, v, cu_seqlens_q, cu_seqlens_k, *reference.span(causal, window), scale, softcap, return_lse)
     out = taped(_only, out)
     return (out, taped(torch.Tensor.squeeze, lse, 0)) if return_lse else out
 

@@ -6,6 +6,7 @@ heads, D head size, N hidden size.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -155,9 +156,11 @@ def attention(q, k, v, scale, left, right, softcap, need_lse):
     """(out, lse or None) for a span as `span` gives it, aligned bottom-right: the last query meets the last key."""
     S, T = q.shape[2], k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    limited = left is not None or (right is not None and right < T - 1)
+    if scale < 0:  # scaled_dot_product_attention masks with -inf before it scales
+        q, scale = -q, -scale
+    limited = left is not None or (right is not None and right < S - 1)
     causal = left is None and right == 0 and S == T
-    if need_lse or softcap is not None or S > T or 0 in (*q.shape, *k.shape):
+    if need_lse or softcap is not None or scale == 0 or S > T or 0 in (*q.shape, *k.shape):
         positions = torch.arange(T - S, T, device=q.device)
         rows = max(1, 2**24 // max(1, q.shape[0] * q.shape[1] * T))  # at most 64 MiB of float32 scores at a time
         parts = [
@@ -193,22 +196,35 @@ def flash_attention(q, k, v, *, causal=True, scale=None, window=None, softcap=No
     return (out, lse) if return_lse else out
 
 
+def sequences(starts_q, starts_k, tokens_q, tokens_k):
+    """(queries, keys) of each packed sequence, as slices. The tokens in front of the first and behind the last are sequences too:
+    queries that see no key, and keys that nobody sees."""
+    a, c = _cuts("cu_seqlens_q", starts_q, tokens_q), _cuts("cu_seqlens_k", starts_k, tokens_k)
+    pairs = [*zip(pairwise(a), pairwise(c)), *((outside, (0, 0)) for outside in ((0, a[0]), (a[-1], tokens_q)))]
+    pairs += [((0, 0), outside) for outside in ((0, c[0]), (c[-1], tokens_k))]
+    return [(slice(*rows), slice(*keys)) for rows, keys in pairs if rows[0] < rows[1] or keys[0] < keys[1]]
+
+
+def _cuts(name, starts, tokens):
+    cuts = starts.tolist()
+    if any(a > b for a, b in pairwise((0, *cuts, tokens))):
+        shown = ", ".join(map(str, cuts[:8])) + (", .." if len(cuts) > 8 else "")
+        raise ValueError(f"{name} is [{shown}], expected cuts that rise from 0 to at most {tokens}, the number of tokens")
+    return cuts
+
+
 def flash_attention_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
     causal=True, scale=None, window=None, softcap=None, return_lse=False,
 ):  # fmt: skip
-    outs, lses = [], []
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for i in range(len(starts_q) - 1):
-        qi = q[starts_q[i] : starts_q[i + 1]]
-        ki, vi = (t[starts_k[i] : starts_k[i + 1]] for t in (k, v))
-        out, lse = attention(
-            *(t.transpose(0, 1).unsqueeze(0) for t in (qi, ki, vi)), scale, *span(causal, window), softcap, return_lse
-        )
-        outs.append(out.squeeze(0).transpose(0, 1))
-        lses.append(None if lse is None else lse.squeeze(0))
-    out = torch.cat(outs) if outs else torch.zeros_like(q)
-    return (out, torch.cat(lses, 1)) if return_lse else out
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[1::-1], -math.inf, dtype=wide(q.dtype))
+    for rows, keys in sequences(cu_seqlens_q, cu_seqlens_k, len(q), len(k)):
+        parts = (t[where].transpose(0, 1).unsqueeze(0) for t, where in ((q, rows), (k, keys), (v, keys)))
+        o, l = attention(*parts, scale, *span(causal, window), softcap, return_lse)
+        out[rows] = o.squeeze(0).transpose(0, 1)
+        if return_lse:
+            lse[:, rows] = l.squeeze(0)
+    return (out, lse) if return_lse else out
 
 
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, softcap=None, block_table=None, splits=None):

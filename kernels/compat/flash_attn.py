@@ -49,12 +49,10 @@ def flash_attn_func(
     """
     op = "flash_attn_func"
     _unsupported(op, dropout_p, alibi_slopes)
-    kernels._check(op, q, k, v, _cap(softcap), None, ("B", "S", "H", "D"))
+    softcap, _ = kernels._check(op, q, k, v, _cap(softcap), None, ("B", "S", "H", "D"))
     check(q.shape[0] == k.shape[0], lambda: f"{op}: k has shape {tuple(k.shape)}, expected batch size {q.shape[0]} as q")
     q, k, v = (taped(torch.Tensor.transpose, t, 1, 2) for t in (q, k, v))
-    out, lse = kernels._run(
-        q, k, v, None, None, q.shape[2], k.shape[2], *_span(causal, window_size), softmax_scale, _cap(softcap), return_attn_probs
-    )
+    out, lse = kernels._run(op, q, k, v, None, None, *_span(causal, window_size), softmax_scale, softcap, return_attn_probs)
     out = taped(torch.Tensor.transpose, out, 1, 2)
     return (out, lse, None) if return_attn_probs else out
 
@@ -68,12 +66,11 @@ def flash_attn_varlen_func(
     [batch + 1]. softmax_lse is [Hq, tokens]. A paged k (block_table) is not offered."""
     op = "flash_attn_varlen_func"
     _unsupported(op, dropout_p, alibi_slopes, block_table=block_table)
-    softcap = _cap(softcap)
-    kernels._check(op, q, k, v, softcap, None, ("tokens", "H", "D"))
-    kernels._check_starts(op, q, cu_seqlens_q, cu_seqlens_k)
+    softcap, _ = kernels._check(op, q, k, v, _cap(softcap), None, ("tokens", "H", "D"))
+    kernels._check_starts(op, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     q, k, v = (taped(kernels._batch_of_one, t) for t in (q, k, v))
-    cuts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    out, lse = kernels._run(q, k, v, *cuts, *_span(causal, window_size), softmax_scale, softcap, return_attn_probs)
+    cuts = cu_seqlens_q, cu_seqlens_k
+    out, lse = kernels._run(op, q, k, v, *cuts, *_span(causal, window_size), softmax_scale, softcap, return_attn_probs)
     out = taped(kernels._only, out)
     return (out, lse.squeeze(0), None) if return_attn_probs else out
 
@@ -125,7 +122,7 @@ def _with_kvcache(
     queries = ((row + 1) * S).expand(B, 2).flatten()
     starts_q, starts_k = (torch.nn.functional.pad(t, (1, 0)).to(torch.int32) for t in (queries, keys))
     q, k, v = (t.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0) for t in (q, k_cache, v_cache))
-    out, lse = kernels._attention(q, k, v, starts_q, starts_k, S, T, scale, softcap, left, right, need_lse)
+    out, lse = kernels._attention(q, k, v, starts_q, starts_k, scale, softcap, left, right, need_lse)
     out = out.squeeze(0).transpose(0, 1).reshape(B, S, Hq, D)
     return out, lse.reshape(Hq, B, S).transpose(0, 1).clone(memory_format=torch.contiguous_format) if need_lse else lse
 

@@ -17,6 +17,7 @@ four axes, which transformers passes on untouched:
 A mask that none of these can express is refused. Works with transformers 4.57 and 5.
 """
 
+import functools
 import inspect
 import types
 from dataclasses import dataclass
@@ -190,23 +191,24 @@ def attention(
         query, key, value = (t.to(lower) for t in (query, key, value))
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
-    kernels._check(f"attention {NAME!r}", query, key, value, softcap, sliding_window, ("B", "H", "S", "D"))
+    op = f"attention {NAME!r}"
+    softcap, sliding_window = kernels._check(op, query, key, value, softcap, sliding_window, ("B", "H", "S", "D"))
     B, _, S, D = query.shape
     left, right = span(is_causal, sliding_window)
     options = (left, right, D**-0.5 if scaling is None else scaling, softcap)
     differentiable = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
 
     if kwargs.get("cu_seq_lens_q") is not None:
-        cuts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], kwargs["max_length_q"], kwargs["max_length_k"]
-        out = _flat(kernels._run, query, key, value, *cuts, *options, False)
+        cuts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+        out = _flat(functools.partial(kernels._run, op), query, key, value, *cuts, *options, False)
     elif isinstance(attention_mask, Packed):
-        out = _flat(_packed_attention, query, key, value, attention_mask.starts, attention_mask.count, S, *options, differentiable)
+        out = _flat(_packed_attention, query, key, value, attention_mask.starts, attention_mask.count, *options, differentiable)
     elif attention_mask is None:
         if is_causal and S == 1 and not differentiable:
             lengths = torch.full((B,), key.shape[2], dtype=torch.int32, device=query.device)
             out = _decode(query, key, value, lengths, None, scaling, sliding_window, softcap)
         else:
-            out = kernels._run(query, key, value, None, None, S, key.shape[2], *options, False)[0].transpose(1, 2)
+            out = kernels._run(op, query, key, value, None, None, *options, False)[0].transpose(1, 2)
     elif attention_mask.dtype != torch.int32 or attention_mask.dim() != 4:
         _refuse(f"a {attention_mask.dtype} mask of shape {tuple(attention_mask.shape)}")
     elif S == 1:
@@ -217,7 +219,7 @@ def attention(
         )
     else:
         starts_q, starts_k = attention_mask[0, 0, 0], attention_mask[1, 0, 0]
-        out = _flat(kernels._run, query, key, value, starts_q, starts_k, S, key.shape[2], *options, False)
+        out = _flat(functools.partial(kernels._run, op), query, key, value, starts_q, starts_k, *options, False)
     return out, None
 
 
@@ -247,22 +249,19 @@ def _decode(q, k, v, lengths, places, scaling, window, softcap):
 
 
 def _packed_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, count: torch.Tensor, longest: int,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, count: torch.Tensor,
     left: int | None, right: int | None, scale: float, softcap: float | None, need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     starts = starts[: int(count) + 1]
-    return kernels._attention(q, k, v, starts, starts, longest, longest, scale, softcap, left, right, need_lse)
+    return kernels._attention(q, k, v, starts, starts, scale, softcap, left, right, need_lse)
 
 
 def _packed_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    starts: torch.Tensor, count: torch.Tensor, longest: int, left: int | None, right: int | None, scale: float,
-    softcap: float | None,
+    starts: torch.Tensor, count: torch.Tensor, left: int | None, right: int | None, scale: float, softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     starts = starts[: int(count) + 1]
-    return kernels._attention_backward(
-        dout, None, q, k, v, out, lse, starts, starts, longest, longest, scale, softcap, left, right, True, True
-    )
+    return kernels._attention_backward(dout, None, q, k, v, out, lse, starts, starts, scale, softcap, left, right, True, True)
 
 
 def _save(ctx, inputs, output):
@@ -271,7 +270,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dout, dlse):
-    return *_packed_backward_op(dout, *ctx.saved_tensors, *ctx.rest), *([None] * 8)
+    return *_packed_backward_op(dout, *ctx.saved_tensors, *ctx.rest), *([None] * 7)
 
 
 _packed_attention = register(
