@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from trials import trials
 from trillama.bench import oracle, proofs
 from trillama.bench.proofs import attention as verify
 from trillama.bench.proofs import formula, heads
-from trillama.kernels import attention, flash_attention, reference, tuning
+from trillama.kernels import attention, flash_attention, reference, tuning, use_backend
 from trillama.kernels.dispatch import INTERPRETED, observe
 
 
@@ -209,3 +212,87 @@ def test_errors_name_the_argument(change, message):
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         flash_attention(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(("S", "T"), [(3, 1), (5, 2), (9, 8)])
+def test_queries_in_front_of_the_first_key(device, dtype, S, T, backend):
+    """The last query meets the last key, so the first S - T see none: 0, and a gradient of 0."""
+    q, k, v = (torch.randn(1, 1, n, 16, dtype=dtype, device=device, requires_grad=True) for n in (S, T, T))
+    with use_backend(backend):
+        out, lse = flash_attention(q, k, torch.ones_like(v), return_lse=True)
+        assert torch.equal(flash_attention(q.detach(), k.detach(), torch.ones_like(v)), out)
+    expected = (torch.arange(S) >= S - T).to(dtype)
+    assert torch.allclose(out[0, 0].cpu(), expected[:, None].expand(S, 16), atol=1e-3)
+    assert torch.equal(lse[0, 0].cpu() > -math.inf, expected.bool())
+    (dq,) = torch.autograd.grad(out.sum() + lse[..., S - T :].sum(), q)
+    assert not dq[:, :, : S - T].any()
+    assert dq.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("options", [{}, {"window": 4}, {"causal": False}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize(("S", "T"), [(12, 12), (5, 12), (1, 12), (12, 5)])
+def test_scales_of_any_sign(device, dtype, S, T, options, backend):
+    q, k, v = (torch.randn(2, h, n, 32, device=device).to(dtype) for h, n in ((4, S), (2, T), (2, T)))
+    with use_backend(backend):
+        assert torch.equal(flash_attention(q, k, v, scale=-0.3, **options), flash_attention(-q, k, v, scale=0.3, **options))
+        mean = flash_attention(q, k, v, scale=0, **options)
+    exact = formula(*(t.double().cpu() for t in (torch.zeros_like(q), k, v)), **options)[0]
+    oracle.check(mean, exact, exact.to(dtype))
+
+
+@pytest.mark.host
+def test_a_number_is_a_number():
+    """Of Python, of numpy or a tensor of one element; with and without gradients the same."""
+    q, k, v = (torch.randn(1, 2, 9, 16) for _ in range(3))
+    want = flash_attention(q, k, v, window=3, scale=0.5, softcap=2.0)
+    for make in (np.float32, np.float64, torch.tensor):
+        for grad in (False, True):
+            q.requires_grad_(grad)
+            options = {"window": np.int64(3) if make is not torch.tensor else torch.tensor(3), "scale": make(0.5), "softcap": make(2.0)}
+            assert torch.equal(flash_attention(q, k, v, **options), want)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("scale", torch.tensor(0.5, requires_grad=True), "scale requires a gradient, which this op does not give"),
+        ("softcap", torch.tensor(0.5, requires_grad=True), "softcap requires a gradient, which this op does not give"),
+        ("scale", torch.ones(2), r"scale is a torch.float32 tensor of shape \(2,\), expected a number"),
+        ("scale", "1", "scale is '1', expected a number"),
+        ("scale", math.nan, "scale is nan, expected a finite number"),
+        ("scale", -math.inf, "scale is -inf, expected a finite number"),
+        ("softcap", math.nan, "softcap is nan, expected a positive number or None"),
+        ("window", torch.tensor(1.5), r"window is a torch.float32 tensor of shape \(\), expected an integer"),
+        ("window", 2.0, "window is 2.0, expected an integer"),
+    ],
+)
+def test_numbers_that_are_none(name, value, message):
+    q = torch.randn(1, 2, 9, 16)
+    with pytest.raises((ValueError, TypeError), match=f"flash_attention: {message}"):
+        flash_attention(q, q, q, **{name: value})
+
+
+@pytest.mark.host
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9's switches")
+def test_the_new_switches_of_tf32():
+    """In a process of its own: torch does not forget which of its two ways was used."""
+    script = """
+import torch
+from trillama.kernels import attention
+assert not attention._allow_tf32()
+torch.backends.cuda.matmul.allow_tf32 = True
+assert attention._allow_tf32()
+torch.backends.cuda.matmul.allow_tf32 = False
+assert not attention._allow_tf32()
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+assert attention._allow_tf32()
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert not attention._allow_tf32()
+torch.backends.cuda.matmul.fp32_precision = "none"
+torch.backends.fp32_precision = "tf32"
+assert attention._allow_tf32()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

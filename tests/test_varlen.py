@@ -1,13 +1,15 @@
 """flash_attention_varlen: every packed sequence for itself, forward and backward."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from trials import trials
 from trillama.bench import oracle, proofs
 from trillama.bench.proofs import cuts, formula_varlen, packed
-from trillama.kernels import flash_attention, flash_attention_varlen
+from trillama.kernels import attention, flash_attention, flash_attention_varlen, reference, use_backend
+from trillama.kernels.dispatch import INTERPRETED
 
 KERNELS = ["_forward_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel"]
 
@@ -47,6 +49,79 @@ def test_empty(triton, poisoned, device, lengths_q, lengths_k):
     assert (lse == -math.inf).all()
     out.sum().backward()
     assert all(not t.grad.any() for t in (q, k, v))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("longest", [1, 64, 10**6])
+def test_any_longest_length_will_do(poisoned, device, dtype, longest, backend):
+    q, k, v = (packed((5, 150), h, 32, dtype).to(device) for h in (2, 1, 1))
+    where = cuts((5, 150)).to(device)
+    with use_backend(backend):
+        out = flash_attention_varlen(q, k, v, where, where, longest, longest)
+        assert torch.equal(out, flash_attention_varlen(q, k, v, where, where, 150, 150))
+    exact = formula_varlen(*(t.cpu().double() for t in (q, k, v)), (5, 150), (5, 150))[0]
+    oracle.check(out, exact, reference.flash_attention_varlen(*(t.cpu() for t in (q, k, v, where, where)), 150, 150))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_tokens_outside_of_all_sequences(poisoned, device, dtype, backend):
+    """Zeros in out and in all gradients, -inf in lse; the tokens within are as if alone."""
+    q, k, v = (torch.randn(20, h, 32, device=device).to(dtype).requires_grad_() for h in (2, 1, 1))
+    starts = torch.tensor([3, 9, 15], dtype=torch.int32, device=device)
+    with use_backend(backend):
+        out, lse = flash_attention_varlen(q, k, v, starts, starts, 6, 6, return_lse=True)
+        alone, alone_lse = flash_attention_varlen(*(t[3:15] for t in (q, k, v)), starts - 3, starts - 3, 6, 6, return_lse=True)
+        dout = torch.randn_like(out)
+        gradients = torch.autograd.grad(out, (q, k, v), dout)
+        inside = torch.autograd.grad(alone, (q, k, v), dout[3:15])
+    assert torch.equal(out[3:15], alone)
+    assert torch.equal(lse[:, 3:15], alone_lse)
+    assert not out[:3].any()
+    assert not out[15:].any()
+    assert (lse[:, :3] == -math.inf).all()
+    assert (lse[:, 15:] == -math.inf).all()
+    for gradient, expected in zip(gradients, inside):
+        assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("starts", "tokens", "message"),
+    [
+        ([0, 8, 5, 12], 12, r"cu_seqlens_q is \[0, 8, 5, 12\], expected cuts that rise from 0 to at most 12, the number of tokens"),
+        ([0, 5, 13], 12, r"cu_seqlens_q is \[0, 5, 13\], expected cuts"),
+        ([-1, 5, 12], 12, r"cu_seqlens_q is \[-1, 5, 12\], expected cuts"),
+        ([5, 4, 3], 12, "cu_seqlens_q holds lengths, which add up to the 12 tokens"),
+        ([3, 4, 5], 12, "cu_seqlens_q holds lengths, which add up to the 12 tokens"),
+        (list(range(20))[::-1], 12, r"cu_seqlens_q is \[19, 18, .*, \.\.\]"),
+    ],
+)
+@pytest.mark.host
+def test_cuts_that_cannot_be(starts, tokens, message, backend):
+    if backend == "triton" and not INTERPRETED:
+        pytest.skip("needs the interpreter")
+    q, starts = torch.zeros(tokens, 2, 16), torch.tensor(starts, dtype=torch.int32)
+    whole = torch.linspace(0, tokens, len(starts)).int()
+    with use_backend(backend):
+        for _ in range(2):  # a remembered call too
+            flash_attention_varlen(q, q, q, whole, whole, 5, 5)
+            with pytest.raises(ValueError, match=message):
+                flash_attention_varlen(q, q, q, starts, whole, 5, 5)
+            with pytest.raises(ValueError, match=message.replace("_q", "_k")):
+                flash_attention_varlen(q, q, q, whole, starts, 5, 5)
+
+
+def test_cuts_that_cannot_be_where_nobody_looks(triton, poisoned, device):
+    """As on a GPU: whatever they are, nothing is read outside the tensors and every row is written."""
+    q, k, v = (torch.randn(70, h, 16, device=device) for h in (2, 1, 1))
+    for _ in range(20):
+        cuts_q, cuts_k = (torch.randint(-30, 120, (6,), dtype=torch.int32, device=device) for _ in range(2))
+        dout = torch.randn_like(q)
+        with proofs.poisoned(4096), mock.patch.object(attention, "host_sees", lambda *_: False):
+            on = [proofs.move(t, device) for t in (q, k, v)]
+            out, gradients = proofs.through(lambda *t: flash_attention_varlen(*t, cuts_q, cuts_k, 70, 70), on, [dout])  # noqa: B023
+        assert out[0].isfinite().all()
+        assert all(g.isfinite().all() for g in gradients)
 
 
 @pytest.mark.host
