@@ -39,6 +39,7 @@ from .dispatch import (
     remembered,
     taped,
     tl,
+    uniform,
     uses_triton,
     whole,
 )
@@ -47,7 +48,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LIMIT = tl.constexpr(2.0**40)  # of a sum of weights, relative to a maximum that later scores may outgrow
 LIMIT16 = tl.constexpr(2.0**15)  # for weights that float16 has to hold
-CUTS = tl.constexpr(256)  # of packed sequences, looked through at a time
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -98,29 +98,26 @@ def _cut(starts_ptr, i, sequences, rows):
 
 
 @jit
-def _place(tile, starts_ptr, others_ptr, sequences, rows, others, BLOCK: tl.constexpr):
+def _place(tile, starts_ptr, others_ptr, sequences, rows, others, CUTS: tl.constexpr, BLOCK: tl.constexpr):
     """(first row of the tile within its sequence, the sequence's offset and length, offset and length of what it sees or is seen
     by). A tile without rows is told by a first row that is not below the length.
 
     Sequence i, from c to d, has the tiles c // BLOCK + i .. d // BLOCK + i: enough for its rows, and where they begin needs no sum
     over the sequences before. It is looked for as the first that ends behind the tile; so every row belongs to some program even
-    where cuts decrease, which would otherwise leave rows unwritten.
+    where cuts decrease, which would otherwise leave rows unwritten. All at once: a loop here costs the loops that follow registers.
     """
     if starts_ptr is None:
         return tile * BLOCK, tl.cast(0, tl.int64), rows, tl.cast(0, tl.int64), others
     else:
-        found = tl.full((CUTS,), 0, tl.int32) + (sequences + 2)
-        for before in range(0, sequences + 1, CUTS):
-            i = before + 1 + tl.arange(0, CUTS)
-            beyond = _cut(starts_ptr, i, sequences, rows) // BLOCK + i > tile
-            found = tl.where(beyond, tl.minimum(found, i), found)
-        i = tl.min(found) - 1
-        start = _cut(starts_ptr, i, sequences, rows)
-        length = _cut(starts_ptr, i + 1, sequences, rows) - start
+        i = 1 + tl.arange(0, CUTS)
+        i = tl.where(_cut(starts_ptr, i, sequences, rows) // BLOCK + i > tile, i, sequences + 2)
+        i = uniform(tl.min(i)) - 1
+        start = uniform(_cut(starts_ptr, i, sequences, rows))
+        length = uniform(_cut(starts_ptr, i + 1, sequences, rows) - start)
         real = (i > 0) & (i <= sequences)
-        start_other = tl.where(real, _cut(others_ptr, i, sequences, others), 0)
-        length_other = tl.where(real, tl.maximum(_cut(others_ptr, i + 1, sequences, others) - start_other, 0), 0)
-        return (tile - start // BLOCK - i) * BLOCK, start.to(tl.int64), length, start_other.to(tl.int64), length_other
+        start_other = uniform(tl.where(real, _cut(others_ptr, i, sequences, others), 0))
+        length_other = uniform(tl.where(real, tl.maximum(_cut(others_ptr, i + 1, sequences, others) - start_other, 0), 0))
+        return uniform(tile - start // BLOCK - i) * BLOCK, start.to(tl.int64), length, start_other.to(tl.int64), length_other
 
 
 @jit
@@ -271,7 +268,7 @@ def _forward_steps(
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr, sequences, scale, softcap, left, right, S, T, heads, section,
     lse_stride, q_strides, k_strides, v_strides, out_strides,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CUTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one head against all keys it sees. Reads the queries once and writes the output once; keys
@@ -283,7 +280,7 @@ def _forward_kernel(
     """
     tile, flat = _program(_tiles(S, starts_q_ptr, sequences, BLOCK_M), heads, section, True)
     batch, head = (flat // HEADS).to(tl.int64), flat % HEADS
-    m, start_q, S, start_k, T = _place(tile, starts_q_ptr, starts_k_ptr, sequences, S, T, BLOCK_M)
+    m, start_q, S, start_k, T = _place(tile, starts_q_ptr, starts_k_ptr, sequences, S, T, CUTS, BLOCK_M)
     if m >= S:
         return
     kv_head = (head // GROUP).to(tl.int64)
@@ -392,13 +389,13 @@ def _dq_steps(
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, starts_q_ptr, starts_k_ptr, sequences, scale, softcap, left, right,
     S, T, heads, section, row_stride, q_strides, k_strides, v_strides, dout_strides, dq_strides,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CUTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of BLOCK_M queries of one head: walks the keys as the forward does, three products a tile."""
     tile, flat = _program(_tiles(S, starts_q_ptr, sequences, BLOCK_M), heads, section, True)
     batch, head = (flat // HEADS).to(tl.int64), (flat % HEADS).to(tl.int64)
-    m, start_q, S, start_k, T = _place(tile, starts_q_ptr, starts_k_ptr, sequences, S, T, BLOCK_M)
+    m, start_q, S, start_k, T = _place(tile, starts_q_ptr, starts_k_ptr, sequences, S, T, CUTS, BLOCK_M)
     if m >= S:
         return
     kv_head = head // GROUP
@@ -474,14 +471,14 @@ def _dkv_steps(
 def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_q_ptr, starts_k_ptr, sequences, scale, softcap, left,
     right, S, T, heads, section, row_stride, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CUTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, GATHER: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one tile of BLOCK_N keys and values of one head: walks the queries of all heads of its group in turn, so
     that the group is summed in registers, four products a tile."""
     tile, flat = _program(_tiles(T, starts_k_ptr, sequences, BLOCK_N), heads, section, False)
     batch, kv_head = (flat // HEADS).to(tl.int64), (flat % HEADS).to(tl.int64)
-    n, start_k, T, start_q, S = _place(tile, starts_k_ptr, starts_q_ptr, sequences, T, S, BLOCK_N)
+    n, start_k, T, start_q, S = _place(tile, starts_k_ptr, starts_q_ptr, sequences, T, S, CUTS, BLOCK_N)
     if n >= T:
         return
     q_ptr += batch * q_strides[0] + kv_head * GROUP * q_strides[1] + start_q * q_strides[2]
@@ -585,13 +582,18 @@ def _forward(q, k, v, starts_q, starts_k, scale, softcap, left, right, need_lse)
         q, k, v, out, lse if need_lse else None, starts_q, starts_k, _sequences(starts_q), scale, softcap, left, right,
         S, T, B * Hq, _section(k, B * Hq, Hq // Hk), S,
         *(_strides(t, starts_q) for t in (q, k, v, out)),
-        HEADS=Hq, GROUP=Hq // Hk, DESCRIPTORS=descriptors, **_constants(tile, q),
+        CUTS=_cuts(starts_q), HEADS=Hq, GROUP=Hq // Hk, DESCRIPTORS=descriptors, **_constants(tile, q),
     )  # fmt: skip
     return out, lse
 
 
 def _sequences(starts):
     return 0 if starts is None else len(starts) - 1
+
+
+def _cuts(starts):
+    """How many cuts a program looks through. Few classes: each is compiled anew."""
+    return None if starts is None else next(n for n in (256, 2048, 16384, 2**20) if len(starts) <= n)
 
 
 def _backward(dout, dlse, q, k, v, out, lse, starts_q, starts_k, scale, softcap, left, right, need_dq, need_dkv):
@@ -616,7 +618,7 @@ def _backward(dout, dlse, q, k, v, out, lse, starts_q, starts_k, scale, softcap,
             q, k, v, dout, lse2, delta, dq, starts_q, starts_k, _sequences(starts_q), scale, softcap, left, right,
             S, T, B * Hq, _section(k, B * Hq, group), S,
             *(_strides(t, starts_q) for t in (q, k, v, dout, dq)),
-            HEADS=Hq, GROUP=group, DESCRIPTORS=descriptors, **_constants(tile_dq, q),
+            CUTS=_cuts(starts_q), HEADS=Hq, GROUP=group, DESCRIPTORS=descriptors, **_constants(tile_dq, q),
         )  # fmt: skip
     if need_dkv:
         launch(
@@ -625,7 +627,8 @@ def _backward(dout, dlse, q, k, v, out, lse, starts_q, starts_k, scale, softcap,
             q, k, v, dout, lse2, delta, dk, dv, starts_q, starts_k, _sequences(starts_k), scale, softcap, left, right,
             S, T, B * Hk, _section(q, B * Hq, 1) // group or 1, S,
             *(_strides(t, starts_q) for t in (q, k, v, dout, dk, dv)),
-            HEADS=Hk, GROUP=group, GATHER=tile_dkv.gather, EDGE_STAGES=tile_dkv.edge_stages, **_constants(tile_dkv, q),
+            CUTS=_cuts(starts_k), HEADS=Hk, GROUP=group, GATHER=tile_dkv.gather, EDGE_STAGES=tile_dkv.edge_stages,
+            **_constants(tile_dkv, q),
         )  # fmt: skip
     return dq, dk, dv
 
@@ -760,7 +763,7 @@ def _refuse_lengths(name, starts, x, longest):
     lengths = starts.tolist()
     check(
         lengths[0] == 0 or sum(lengths) != x.shape[0] or max(lengths) != longest,
-        lambda: f"{name} holds lengths, which add up to the {x.shape[0]} tokens, expected where sequences start: 0 and running sums",
+        lambda: f"{name} holds lengths, which add up to the {x.shape[0]} tokens, expected where sequences start and end",
     )
 
 

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 try:
     import triton
     import triton.language as tl
+    from triton.language import target_info
 except ImportError:  # macOS, Windows: Triton has no wheels there, the reference path needs none
     triton = None
 
@@ -53,6 +54,7 @@ _allocator = None if triton is None else triton.runtime._allocation._allocator
 INTERPRETED = triton is not None and type(_probe).__name__ == "InterpretedFunction"
 # The interpreter multiplies bfloat16 as raw bits: operands of tl.dot are widened there and nowhere else.
 WIDEN = tl.constexpr(INTERPRETED)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 # --- backend ---------------------------------------------------------------------------------------------------------
@@ -290,6 +292,17 @@ def prefetch(pointers):
     tl.inline_asm_elementwise(
         "mov.u32 $0, 0; prefetch.global.L2 [$1];", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@jit
+def uniform(x):
+    """x, an int32 that all threads have alike, so that it shows: what follows from it then needs no register in each thread."""
+    if _INTERPRETED:
+        return x
+    elif target_info.is_cuda():
+        return tl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return x
 
 
 class scratch:

@@ -250,8 +250,8 @@ def test_a_number_is_a_number():
     for make in (np.float32, np.float64, torch.tensor):
         for grad in (False, True):
             q.requires_grad_(grad)
-            options = {"window": np.int64(3) if make is not torch.tensor else torch.tensor(3), "scale": make(0.5), "softcap": make(2.0)}
-            assert torch.equal(flash_attention(q, k, v, **options), want)
+            window = torch.tensor(3) if make is torch.tensor else np.int64(3)
+            assert torch.equal(flash_attention(q, k, v, window=window, scale=make(0.5), softcap=make(2.0)), want)
 
 
 @pytest.mark.host

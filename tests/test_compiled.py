@@ -253,12 +253,9 @@ def further():
 
 
 # Bytes of stack, all used around the loops (bench/LOG.md): the forward keeps 255 registers busy without offsets of sequences.
-STACK = {
-    ("flash_attention packed", "sm_100"): 16, ("flash_attention packed lse", "sm_100"): 32,
-    ("flash_attention packed window softcap", "sm_90"): 16, ("flash_attention packed window softcap", "sm_100"): 8,
-}  # fmt: skip
+STACK = {("flash_attention packed window softcap", "sm_90"): 8}
 if OLD:
-    STACK = {("flash_attention packed window", "sm_100"): 8}
+    STACK = {}
 
 
 @pytest.mark.slow

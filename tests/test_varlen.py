@@ -113,13 +113,13 @@ def test_cuts_that_cannot_be(starts, tokens, message, backend):
 
 def test_cuts_that_cannot_be_where_nobody_looks(triton, poisoned, device):
     """As on a GPU: whatever they are, nothing is read outside the tensors and every row is written."""
-    q, k, v = (torch.randn(70, h, 16, device=device) for h in (2, 1, 1))
-    for _ in range(20):
-        cuts_q, cuts_k = (torch.randint(-30, 120, (6,), dtype=torch.int32, device=device) for _ in range(2))
+    q, k, v = (torch.randn(40, h, 16, device=device) for h in (1, 1, 1))
+    for _ in range(5):
+        cuts_q, cuts_k = (torch.randint(-20, 70, (5,), dtype=torch.int32, device=device) for _ in range(2))
         dout = torch.randn_like(q)
-        with proofs.poisoned(4096), mock.patch.object(attention, "host_sees", lambda *_: False):
+        with proofs.poisoned(4096), mock.patch.object(attention, "host_sees", return_value=False):
             on = [proofs.move(t, device) for t in (q, k, v)]
-            out, gradients = proofs.through(lambda *t: flash_attention_varlen(*t, cuts_q, cuts_k, 70, 70), on, [dout])  # noqa: B023
+            out, gradients = proofs.through(lambda *t: flash_attention_varlen(*t, cuts_q, cuts_k, 40, 40), on, [dout])  # noqa: B023
         assert out[0].isfinite().all()
         assert all(g.isfinite().all() for g in gradients)
 
