@@ -211,8 +211,39 @@ def flash_attention_varlen(
     return (out, torch.cat(lses, 1)) if return_lse else out
 
 
+def _reach(integers):
+    return "{} to {}".format(*(n.item() for n in integers.aminmax()))
+
+
+def joined(op, cache, table):
+    """The pages [pages, Hk, page, D] that the table [B, n] names, one behind the other: [B, Hk, n page, D]. One that is not there is
+    an IndexError on a CPU, elsewhere NaN."""
+    B, n = table.shape
+    absent, table = None, table.long().flatten()
+    if not table.is_cpu:
+        absent = ((table < 0) | (table >= len(cache))).view(-1, 1, 1, 1)
+        table = table.clamp(0, len(cache) - 1)
+    try:
+        pages = cache.index_select(0, table)
+    except (IndexError, RuntimeError):
+        raise IndexError(_no_page(op, table, len(cache))) from None
+    pages = pages if absent is None else pages.masked_fill(absent, math.nan)
+    return pages.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)
+
+
+def _no_page(op, table, pages):
+    return f"{op}: block_table names the pages {_reach(table)} where it is needed, expected 0 to {pages - 1}, those of k_cache"
+
+
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, softcap=None, block_table=None, splits=None):
+    capacity = k_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
     ends = lengths.tolist()
+    if ends and not 0 <= min(ends) <= max(ends) <= capacity:
+        if lengths.is_cpu:
+            found = f"lengths are {_reach(lengths)}, expected 0 to {capacity}, the capacity of the cache"
+            raise ValueError(f"decode_attention: {found}")
+        lengths = lengths.clamp(0, capacity)  # on a GPU as the kernel, which cannot raise
+        ends = lengths.tolist()
     if len(set(ends)) > 1:  # row by row: no product may reach what lies beyond a row's length
         rows, paged = [], block_table is not None
         for b in range(len(ends)):
@@ -225,8 +256,8 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
     B, Hq, S, D = q.shape
     end = ends[0] if ends else 0
     if block_table is not None:
-        pages = block_table[:, : -(-end // k_cache.shape[2])].long()
-        k_cache, v_cache = (c[pages].transpose(1, 2).flatten(2, 3) for c in (k_cache, v_cache))
+        table = block_table[:, : -(-end // k_cache.shape[2])]
+        k_cache, v_cache = (joined("decode_attention", c, table) for c in (k_cache, v_cache))
     begin = 0 if window is None else max(0, end - S - window + 1)
     k, v = k_cache[:, :, begin:end], v_cache[:, :, begin:end]
     if S != 1 or softcap is not None or 0 in (*q.shape, *k.shape):
