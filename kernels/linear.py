@@ -314,7 +314,8 @@ def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=N
     if not isinstance(weight, QuantizedWeight):
         return _call(x, weight, None, None, norm, eps, residual, activation, bias)
     if weight.data.is_cpu and backend() != "triton" and unseen(x, norm, residual, bias):
-        _check(x, weight, norm, eps, residual, activation, bias)  # the reference takes the object, which remembers its form for CPUs
+        # The reference takes the object, which remembers its form for CPUs.
+        _check(x, weight, norm, eps, residual, activation, bias)
         return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
     return _call(x, weight.data, weight.scale, weight.minimum, norm, eps, residual, activation, bias)
 

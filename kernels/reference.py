@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .dispatch import host_sees
 from .frequencies import rope_tables
 
 __all__ = [
@@ -58,11 +59,18 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, casting="llama"):
 # --- rotary embedding: Su et al. 2021, arXiv:2104.09864 --------------------------------------------------------------
 
 
-def rows_of(cos, sin, positions, x):
-    """The rows `positions` ([S], [B, S] or None) of the tables [P, R/2], for x [B, H, S, D]; negative positions are refused."""
+def reach(integers):
+    return "{} to {}".format(*(n.item() for n in integers.aminmax()))
+
+
+def rows_of(op, cos, sin, positions, x):
+    """The rows `positions` ([S], [B, S] or None) of the tables [P, R/2], for x [B, H, S, D]."""
     if positions is None:
         return [table[: x.shape[2]].to(wide(x.dtype)) for table in (cos, sin)]
-    return [F.embedding(positions, table).to(wide(x.dtype)).unsqueeze(-3) for table in (cos, sin)]
+    try:
+        return [F.embedding(positions, table).to(wide(x.dtype)).unsqueeze(-3) for table in (cos, sin)]
+    except IndexError:
+        raise IndexError(f"{op}: positions are {reach(positions)}, expected 0 to {len(cos) - 1}, the rows of cos") from None
 
 
 def rotate(x, cos, sin, interleaved):
@@ -79,24 +87,61 @@ def rotate(x, cos, sin, interleaved):
 
 
 def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
-    cos, sin = rows_of(cos, sin, positions, q)
+    cos, sin = rows_of("apply_rope", cos, sin, positions, q)
     return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
 
 
 def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=None, interleaved=False):
-    cos, sin = rows_of(cos, sin, positions, q)
+    cos, sin = rows_of("rope_append_", cos, sin, positions, q)
     q, k = rotate(torch.cat((q, k), 1), cos, sin, interleaved).split((q.shape[1], k.shape[1]), 1)  # half the calls
-    slot = positions.long().expand(q.shape[0], q.shape[2])
-    if q.shape[0] == 1 and block_table is None:
-        k_cache.index_copy_(2, slot[0], k)
-        v_cache.index_copy_(2, slot[0], v)
-        return q
-    page = torch.arange(q.shape[0], device=q.device)[:, None]
-    if block_table is not None:
-        page, slot = block_table.long().gather(1, slot // k_cache.shape[2]), slot % k_cache.shape[2]
-    k_cache[page, :, slot] = k.transpose(1, 2)
-    v_cache[page, :, slot] = v.transpose(1, 2)
+    append_("rope_append_", k, v, k_cache, v_cache, positions, block_table)
     return q
+
+
+def append_(op, k, v, k_cache, v_cache, positions, block_table=None):
+    """Writes k and v [B, Hk, S, D] into the caches at `positions`. What lies outside is an IndexError where the host sees it,
+    elsewhere it is not written."""
+    if not host_sees(positions, block_table):
+        return _append_inside(k, v, k_cache, v_cache, positions, block_table)
+    (B, _, S, _), (pages, _, T, _) = k.shape, k_cache.shape
+    slot = positions.long().expand(B, S)
+    try:
+        if B == 1 and block_table is None:
+            k_cache.index_copy_(2, slot[0], k)
+            v_cache.index_copy_(2, slot[0], v)
+            return
+        page = torch.arange(B)[:, None]
+        if block_table is not None:
+            page, slot = block_table.long().gather(1, slot // T), slot % T
+            if page.numel() and page.min() < 0:
+                raise IndexError
+        k_cache[page, :, slot] = k.transpose(1, 2)
+        v_cache[page, :, slot] = v.transpose(1, 2)
+    except (IndexError, RuntimeError):
+        capacity = T if block_table is None else T * block_table.shape[1]
+        if positions.min() < 0 or positions.max() >= capacity:
+            found = f"positions are {reach(positions)}, expected 0 to {capacity - 1}, those of the cache"
+            raise IndexError(f"{op}: {found}") from None
+        if block_table is not None and (page.min() < 0 or page.max() >= pages):
+            raise IndexError(no_page(op, page, pages)) from None
+        raise
+
+
+def _append_inside(k, v, k_cache, v_cache, positions, block_table):
+    """Without a wait: a token that has no place is written as another one that has, once more; without any, an old one as it is."""
+    (B, _, S, _), (pages, _, T, _) = k.shape, k_cache.shape
+    slot, page = positions.long().expand(B, S), torch.arange(B, device=k.device)[:, None].expand(B, S)
+    inside = (slot >= 0) & (slot < (T if block_table is None else T * block_table.shape[1]))
+    if block_table is not None:
+        page, slot = block_table.long().gather(1, torch.where(inside, slot, 0) // T), slot % T
+        inside &= (page >= 0) & (page < pages)
+    inside = inside.flatten()
+    if 0 in (*k.shape, *k_cache.shape, len(inside)):
+        return
+    token = torch.where(inside, torch.arange(B * S, device=k.device), inside.int().argmax())
+    page, slot = page.flatten()[token].clamp(0, pages - 1), slot.flatten()[token].clamp(0, T - 1)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache[page, :, slot] = torch.where(inside.any(), new.transpose(1, 2).flatten(0, 1)[token], cache[page, :, slot])
 
 
 # --- SwiGLU: Shazeer 2020, arXiv:2002.05202 --------------------------------------------------------------------------
@@ -211,36 +256,34 @@ def flash_attention_varlen(
     return (out, torch.cat(lses, 1)) if return_lse else out
 
 
-def _reach(integers):
-    return "{} to {}".format(*(n.item() for n in integers.aminmax()))
-
-
 def joined(op, cache, table):
-    """The pages [pages, Hk, page, D] that the table [B, n] names, one behind the other: [B, Hk, n page, D]. One that is not there is
-    an IndexError on a CPU, elsewhere NaN."""
-    B, n = table.shape
-    absent, table = None, table.long().flatten()
-    if not table.is_cpu:
-        absent = ((table < 0) | (table >= len(cache))).view(-1, 1, 1, 1)
-        table = table.clamp(0, len(cache) - 1)
-    try:
-        pages = cache.index_select(0, table)
-    except (IndexError, RuntimeError):
-        raise IndexError(_no_page(op, table, len(cache))) from None
-    pages = pages if absent is None else pages.masked_fill(absent, math.nan)
-    return pages.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)
+    """The pages [pages, Hk, page, D] that the table [B, n] names, one behind the other: [B, Hk, n page, D]. One that is not there
+    is an IndexError where the host sees it, elsewhere NaN."""
+    (B, n), pages = table.shape, len(cache)
+    table = table.long().flatten()
+    if host_sees(table):
+        try:
+            found = cache.index_select(0, table)
+        except (IndexError, RuntimeError):
+            if table.min() < 0 or table.max() >= pages:
+                raise IndexError(no_page(op, table, pages)) from None
+            raise
+    else:
+        absent = (table < 0) | (table >= pages)
+        found = cache[table.clamp(0, pages - 1)].masked_fill(absent.view(-1, 1, 1, 1), math.nan)
+    return found.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)
 
 
-def _no_page(op, table, pages):
-    return f"{op}: block_table names the pages {_reach(table)} where it is needed, expected 0 to {pages - 1}, those of k_cache"
+def no_page(op, table, pages):
+    return f"{op}: block_table names the pages {reach(table)} where it is needed, expected 0 to {pages - 1}, those of k_cache"
 
 
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, softcap=None, block_table=None, splits=None):
     capacity = k_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
     ends = lengths.tolist()
     if ends and not 0 <= min(ends) <= max(ends) <= capacity:
-        if lengths.is_cpu:
-            found = f"lengths are {_reach(lengths)}, expected 0 to {capacity}, the capacity of the cache"
+        if host_sees(lengths):
+            found = f"lengths are {reach(lengths)}, expected 0 to {capacity}, the capacity of the cache"
             raise ValueError(f"decode_attention: {found}")
         lengths = lengths.clamp(0, capacity)  # on a GPU as the kernel, which cannot raise
         ends = lengths.tolist()

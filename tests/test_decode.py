@@ -155,7 +155,7 @@ def test_lengths_are_those_of_the_cache(triton, poisoned, device, dtype, integer
     if device == "cpu":
         for n in (-1, 41):
             for lengths in ([n, 3, 3, 3], [n] * 4):
-                with use_backend("reference"), pytest.raises(ValueError, match="decode_attention: lengths are .*, expected 0 to 40"):
+                with use_backend("reference"), pytest.raises(ValueError, match=r"attention: lengths are .*, expected 0 to 40"):
                     decode_attention(*given, torch.tensor(lengths).to(integer))
 
 

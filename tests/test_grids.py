@@ -1,5 +1,5 @@
-"""Grids at sizes that nobody has tried: CUDA takes 2^31 - 1 programs on the first axis of a grid and 65,535 on the others, so only the
-first may grow with the user's sizes. Nothing is launched, and the tensors have no memory."""
+"""Grids at absurd sizes: CUDA takes 2^31 - 1 programs on the first axis of a grid and 65,535 on the others, so only the first may
+grow with the user's sizes. Nothing is launched, and the tensors have no memory."""
 
 import pytest
 import torch
