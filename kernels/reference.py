@@ -99,25 +99,25 @@ def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=
 
 
 def append_(op, k, v, k_cache, v_cache, positions, block_table=None):
-    """Writes k and v [B, Hk, S, D] into the caches at `positions`. What lies outside is an IndexError where the host sees it,
-    elsewhere it is not written."""
-    if not host_sees(positions, block_table):
-        return _append_inside(k, v, k_cache, v_cache, positions, block_table)
-    (B, _, S, _), (pages, _, T, _) = k.shape, k_cache.shape
-    slot = positions.long().expand(B, S)
+    """Writes k and v [B, Hk, S, D] into the caches at `positions`. What lies outside is an IndexError on a CPU, elsewhere it is not
+    written."""
+    if not k.is_cpu:
+        return append_inside(k, v, k_cache, v_cache, positions, block_table)
+    slot = positions.long().expand(k.shape[0], k.shape[2])
     try:
-        if B == 1 and block_table is None:
+        if block_table is None and k.shape[0] == 1:
             k_cache.index_copy_(2, slot[0], k)
             v_cache.index_copy_(2, slot[0], v)
             return
-        page = torch.arange(B)[:, None]
+        page = torch.arange(k.shape[0])[:, None]
         if block_table is not None:
-            page, slot = block_table.long().gather(1, slot // T), slot % T
-            if page.numel() and page.min() < 0:
+            page, slot = block_table.long().gather(1, slot // k_cache.shape[2]), slot % k_cache.shape[2]
+            if page.numel() and page.min().item() < 0:
                 raise IndexError
         k_cache[page, :, slot] = k.transpose(1, 2)
         v_cache[page, :, slot] = v.transpose(1, 2)
     except (IndexError, RuntimeError):
+        pages, _, T, _ = k_cache.shape
         capacity = T if block_table is None else T * block_table.shape[1]
         if positions.min() < 0 or positions.max() >= capacity:
             found = f"positions are {reach(positions)}, expected 0 to {capacity - 1}, those of the cache"
@@ -127,7 +127,7 @@ def append_(op, k, v, k_cache, v_cache, positions, block_table=None):
         raise
 
 
-def _append_inside(k, v, k_cache, v_cache, positions, block_table):
+def append_inside(k, v, k_cache, v_cache, positions, block_table):
     """Without a wait: a token that has no place is written as another one that has, once more; without any, an old one as it is."""
     (B, _, S, _), (pages, _, T, _) = k.shape, k_cache.shape
     slot, page = positions.long().expand(B, S), torch.arange(B, device=k.device)[:, None].expand(B, S)
@@ -279,14 +279,7 @@ def no_page(op, table, pages):
 
 
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, softcap=None, block_table=None, splits=None):
-    capacity = k_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
     ends = lengths.tolist()
-    if ends and not 0 <= min(ends) <= max(ends) <= capacity:
-        if host_sees(lengths):
-            found = f"lengths are {reach(lengths)}, expected 0 to {capacity}, the capacity of the cache"
-            raise ValueError(f"decode_attention: {found}")
-        lengths = lengths.clamp(0, capacity)  # on a GPU as the kernel, which cannot raise
-        ends = lengths.tolist()
     if len(set(ends)) > 1:  # row by row: no product may reach what lies beyond a row's length
         rows, paged = [], block_table is not None
         for b in range(len(ends)):
@@ -298,6 +291,11 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
         return torch.cat(rows)
     B, Hq, S, D = q.shape
     end = ends[0] if ends else 0
+    capacity = k_cache.shape[2] if block_table is None else k_cache.shape[2] * block_table.shape[1]
+    if not 0 <= end <= capacity:
+        if host_sees(lengths):
+            raise ValueError(f"decode_attention: lengths has {end}, expected 0 to {capacity}, the capacity of the cache")
+        end = min(max(end, 0), capacity)  # on a GPU as the kernel, which cannot raise
     if block_table is not None:
         table = block_table[:, : -(-end // k_cache.shape[2])]
         k_cache, v_cache = (joined("decode_attention", c, table) for c in (k_cache, v_cache))

@@ -142,7 +142,7 @@ def test_a_scale_that_requires_a_gradient_is_refused(triton, device):
 
 
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=["int32", "int64"])
-def test_lengths_are_those_of_the_cache(triton, poisoned, device, dtype, integer):
+def test_lengths_are_those_of_the_cache(triton, monkeypatch, poisoned, device, dtype, integer):
     """The kernel cannot raise: it attends to nothing, or to all that there is. So does the reference where it is not on a CPU."""
     q = torch.randn(4, 4, 1, 32).to(dtype)
     k, v = (cache(4, 2, 40, 32, dtype) for _ in range(2))
@@ -155,13 +155,15 @@ def test_lengths_are_those_of_the_cache(triton, poisoned, device, dtype, integer
     if device == "cpu":
         for n in (-1, 41):
             for lengths in ([n, 3, 3, 3], [n] * 4):
-                with use_backend("reference"), pytest.raises(ValueError, match=r"attention: lengths are .*, expected 0 to 40"):
+                with use_backend("reference"), pytest.raises(ValueError, match=rf"attention: lengths has {n}, expected 0 to 40"):
                     decode_attention(*given, torch.tensor(lengths).to(integer))
+    monkeypatch.setattr(reference, "host_sees", lambda *tensors: False)  # as on a GPU
+    assert torch.equal(reference.decode_attention(q, k, v, wrong), reference.decode_attention(q, k, v, right))
 
 
 @pytest.mark.usefixtures("crosses_splits")
 @pytest.mark.parametrize("splits", [1, None])
-def test_a_page_that_is_not_there(triton, poisoned, device, dtype, splits):
+def test_a_page_that_is_not_there(triton, monkeypatch, poisoned, device, dtype, splits):
     """NaN where it is needed, and only there; the reference raises on a CPU."""
     q = torch.randn(3, 4, 1, 32).to(dtype)
     k, v = (torch.randn(12, 2, 256, 32).to(dtype) for _ in range(2))
@@ -180,6 +182,10 @@ def test_a_page_that_is_not_there(triton, poisoned, device, dtype, splits):
                 decode_attention(*given, block_table=table)
             with use_backend("reference"):
                 assert not decode_attention(given[0], k, v, lengths.clamp(max=512), block_table=table).isnan().any()
+    monkeypatch.setattr(reference, "host_sees", lambda *tensors: False)  # as on a GPU
+    there = reference.decode_attention(q, k, v, lengths, block_table=table)
+    assert there[1].isnan().all()
+    assert there[[0, 2]].isfinite().all()
 
 
 @pytest.mark.host
