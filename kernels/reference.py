@@ -10,7 +10,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .dispatch import host_sees
 from .frequencies import rope_tables
 
 __all__ = [
@@ -63,10 +62,20 @@ def reach(integers):
     return "{} to {}".format(*(n.item() for n in integers.aminmax()))
 
 
+def raises(x):
+    """Whether what lies outside a table or a cache is an error: on a CPU. On a GPU it would be the end of the process, so it is
+    left out there, or NaN, as by the kernels, which cannot raise either."""
+    return x.is_cpu
+
+
 def rows_of(op, cos, sin, positions, x):
     """The rows `positions` ([S], [B, S] or None) of the tables [P, R/2], for x [B, H, S, D]."""
     if positions is None:
         return [table[: x.shape[2]].to(wide(x.dtype)) for table in (cos, sin)]
+    if not raises(positions):
+        known = ((positions >= 0) & (positions < len(cos))).unsqueeze(-1)
+        rows = (F.embedding(positions.clamp(0, len(cos) - 1), table) for table in (cos, sin))
+        return [row.masked_fill(~known, math.nan).to(wide(x.dtype)).unsqueeze(-3) for row in rows]
     try:
         return [F.embedding(positions, table).to(wide(x.dtype)).unsqueeze(-3) for table in (cos, sin)]
     except IndexError:
@@ -99,10 +108,9 @@ def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=
 
 
 def append_(op, k, v, k_cache, v_cache, positions, block_table=None):
-    """Writes k and v [B, Hk, S, D] into the caches at `positions`. What lies outside is an IndexError on a CPU, elsewhere it is not
-    written."""
-    if not k.is_cpu:
-        return append_inside(k, v, k_cache, v_cache, positions, block_table)
+    """Writes k and v [B, Hk, S, D] into the caches at `positions`."""
+    if not raises(k):
+        return _append_inside(k, v, k_cache, v_cache, positions, block_table)
     slot = positions.long().expand(k.shape[0], k.shape[2])
     try:
         if block_table is None and k.shape[0] == 1:
@@ -127,7 +135,7 @@ def append_(op, k, v, k_cache, v_cache, positions, block_table=None):
         raise
 
 
-def append_inside(k, v, k_cache, v_cache, positions, block_table):
+def _append_inside(k, v, k_cache, v_cache, positions, block_table):
     """Without a wait: a token that has no place is written as another one that has, once more; without any, an old one as it is."""
     (B, _, S, _), (pages, _, T, _) = k.shape, k_cache.shape
     slot, page = positions.long().expand(B, S), torch.arange(B, device=k.device)[:, None].expand(B, S)
@@ -257,21 +265,23 @@ def flash_attention_varlen(
 
 
 def joined(op, cache, table):
-    """The pages [pages, Hk, page, D] that the table [B, n] names, one behind the other: [B, Hk, n page, D]. One that is not there
-    is an IndexError where the host sees it, elsewhere NaN."""
-    (B, n), pages = table.shape, len(cache)
-    table = table.long().flatten()
-    if host_sees(table):
-        try:
-            found = cache.index_select(0, table)
-        except (IndexError, RuntimeError):
-            if table.min() < 0 or table.max() >= pages:
-                raise IndexError(no_page(op, table, pages)) from None
-            raise
-    else:
-        absent = (table < 0) | (table >= pages)
-        found = cache[table.clamp(0, pages - 1)].masked_fill(absent.view(-1, 1, 1, 1), math.nan)
-    return found.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)
+    """The pages [pages, Hk, page, D] that the table [B, n] names, one behind the other: [B, Hk, n page, D]."""
+    if not raises(table):
+        return joined_inside(cache, table)
+    try:
+        pages = cache.index_select(0, table.long().flatten())
+    except (IndexError, RuntimeError):
+        if table.min() < 0 or table.max() >= len(cache):
+            raise IndexError(no_page(op, table, len(cache))) from None
+        raise
+    return pages.unflatten(0, table.shape).transpose(1, 2).flatten(2, 3)
+
+
+def joined_inside(cache, table):
+    """`joined`, with NaN for a page that is not there."""
+    absent = (table < 0) | (table >= len(cache))
+    pages = cache[table.long().clamp(0, len(cache) - 1)].masked_fill_(absent[:, :, None, None, None], math.nan)
+    return pages.transpose(1, 2).flatten(2, 3)
 
 
 def no_page(op, table, pages):
@@ -293,9 +303,9 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
     end = ends[0] if ends else 0
     capacity = k_cache.shape[2] if block_table is None else k_cache.shape[2] * block_table.shape[1]
     if not 0 <= end <= capacity:
-        if host_sees(lengths):
+        if raises(lengths):
             raise ValueError(f"decode_attention: lengths has {end}, expected 0 to {capacity}, the capacity of the cache")
-        end = min(max(end, 0), capacity)  # on a GPU as the kernel, which cannot raise
+        end = min(max(end, 0), capacity)
     if block_table is not None:
         table = block_table[:, : -(-end // k_cache.shape[2])]
         k_cache, v_cache = (joined("decode_attention", c, table) for c in (k_cache, v_cache))

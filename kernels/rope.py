@@ -87,13 +87,14 @@ def _heads(
 
 
 @jit(do_not_specialize=[
-    "positions_ptr", "position_stride_batch", "position_stride_token", "block_table_ptr", "block_table_stride", "tokens",
-    "table_rows", "capacity", "pages", "heads_per_program",
+    "positions_ptr", "position_stride_batch", "position_stride_token", "block_table_ptr", "block_table_stride_row",
+    "block_table_stride_page", "tokens", "table_rows", "capacity", "pages", "heads_per_program",
 ])  # fmt: skip
 def _rope_kernel(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, v_out_ptr, cos_ptr, sin_ptr, positions_ptr, block_table_ptr,
     q_strides, k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides, cos_strides, sin_strides,
-    position_stride_batch, position_stride_token, block_table_stride, tokens, table_rows, capacity, pages, heads_per_program,
+    position_stride_batch, position_stride_token, block_table_stride_row, block_table_stride_page, tokens, table_rows, capacity,
+    pages, heads_per_program,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr, PDL: tl.constexpr,
@@ -132,7 +133,8 @@ def _rope_kernel(
         slot = position
         write = _both(read, (position >= 0) & (position < capacity))
         if block_table_ptr is not None:
-            row = tl.load(block_table_ptr + batch * block_table_stride + position // PAGE, write, other=-1).to(tl.int64)
+            entry = batch * block_table_stride_row + position // PAGE * block_table_stride_page
+            row = tl.load(block_table_ptr + entry, write, other=-1).to(tl.int64)
             slot = position % PAGE
             write &= (row >= 0) & (row < pages)
 
@@ -184,7 +186,7 @@ def _rotate(q, k, cos, sin, positions, interleaved, inverse, v=None, caches=(Non
         q_out.stride(), k_out.stride(), *(None if t is None else t.stride() for t in (v_out, cos, sin)),
         0 if positions is None or positions.dim() == 1 else positions.stride(0),
         0 if positions is None else positions.stride(-1),
-        0 if block_table is None else block_table.stride(0),
+        *((0, 0) if block_table is None else block_table.stride()),
         S, 0 if cos is None else cos.shape[0],
         k_out.shape[2] if block_table is None else page * block_table.shape[1], k_out.shape[0], heads_per_program,
         HQ=HQ, HK=HK, D=D, HALF=half, PAGE=page, INTERLEAVED=interleaved, INVERSE=inverse,
@@ -324,7 +326,8 @@ def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
 
     Computed in float32 and rounded once. Returns new tensors, dense; where the heads of a token lie next to each other in memory
     ([B, S, H, D] transposed) they do so in the result. Differentiable in q and k. A position outside the tables gives NaN from the
-    kernel, which cannot raise without a wait for the GPU, and an IndexError from the reference. Source: arXiv:2104.09864.
+    kernel, which cannot raise without a wait for the GPU, and an IndexError from the reference on CPU tensors. Source:
+    arXiv:2104.09864.
     """
     q, k = promoted(q, k)
     _check("apply_rope", q, k, cos, sin, positions)
@@ -338,7 +341,7 @@ def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=
     q, k, cos, sin, interleaved: as in `apply_rope`. v: [B, Hk, S, D]. k_cache, v_cache: [B, Hk, T, D], or pages [pages, Hk, page,
     D] with block_table [B, n] (int32 or int64; position p of row b lies in page block_table[b, p // page]). positions: int32 or
     int64 [S] or [B, S]. Two tokens must not share a place. The kernel writes nothing for a position outside the cache; the
-    reference raises an IndexError. Not differentiable.
+    reference raises an IndexError for CPU tensors. Not differentiable.
     """
     op = "rope_append_"
     _check(op, q, k, cos, sin, positions)

@@ -211,7 +211,7 @@ def test_kvcache_is_a_sound_op():
     caches = torch.zeros(2, 2, 2, 12, 16)
     arguments = (
         torch.randn(2, 4, 1, 16), *caches, torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16), torch.randn(12, 4),
-        torch.randn(12, 4), torch.tensor([3, 7]).int(), None, 0.25, None, 0, None, False, None, False,
+        torch.randn(12, 4), torch.tensor([3, 7]).int(), None, None, 0.25, None, 0, None, False, None, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.trillama.flash_attn_with_kvcache.default, arguments)
     torch.library.opcheck(torch.ops.trillama.flash_attn_with_kvcache.default, (*arguments[:-1], True))
@@ -225,11 +225,10 @@ def test_kvcache_is_a_sound_op():
         (lambda q: flash_attn_func(q, q[:1], q[:1]), "flash_attn_func: k has shape .*, expected batch size 2 as q"),
         (lambda q: flash_attn_varlen_func(q, q, q, None, None, 1, 1), "flash_attn_varlen_func: q has shape"),
         (lambda q: flash_attn_varlen_func(*[q[0]] * 3, None, None, 1, 1, block_table=q), "block_table is given, expected None"),
-        (lambda q: flash_attn_with_kvcache(q, q, q, cache_leftpad=q), "cache_leftpad is given, expected None"),
         (lambda q: flash_attn_with_kvcache(q, q, q, q), "v is None, expected both of k and v, or neither"),
         (lambda q: flash_attn_with_kvcache(q, q, q, q, q), "cache_seqlens is None, expected where to write k"),
         (lambda q: flash_attn_with_kvcache(q, q, q, q, q, cache_seqlens=3), "cache_seqlens is 3, expected at most 0"),
-        (lambda q: flash_attn_with_kvcache(q, q, q, cache_seqlens=q[0, 0, 0]), "cache_seqlens is torch.float32, expected"),
+        (lambda q: flash_attn_with_kvcache(q, q, q, cache_seqlens=q[0, 0, 0]), "cache_seqlens is torch.float32, expected int32"),
         (lambda q: flash_attn_with_kvcache(q, q, q, rotary_cos=q, rotary_sin=q), "rotary_cos is given without k"),
         (lambda q: flash_attn_with_kvcache(q, q[..., :8], q), r"k_cache has shape .*, expected \[batch, tokens, heads, 16\]"),
     ],

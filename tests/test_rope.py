@@ -282,8 +282,9 @@ def test_append_outside_the_cache_is_an_index_error_of_the_reference(changes, me
 
 
 @pytest.mark.parametrize("page", [None, 8])
-def test_where_no_host_looks_the_reference_writes_nothing_outside_the_cache(page):
+def test_where_it_cannot_raise_the_reference_writes_nothing_outside_the_cache(monkeypatch, page):
     """As the kernel: what it does on a GPU, in the memory of the CPU."""
+    monkeypatch.setattr(reference, "raises", lambda x: False)
     positions = torch.tensor([[-1, 16, 5], [99, 2**33, 12], [17, 18, 19]])
     k, v = (torch.randn(3, 2, 3, 32) for _ in range(2))
     k_cache, v_cache, table, seen = caches(3, 2, 16, 32, torch.float32, page)
@@ -293,12 +294,20 @@ def test_where_no_host_looks_the_reference_writes_nothing_outside_the_cache(page
         new, old = [k_cache.clone(), v_cache.clone()], [k_cache, v_cache]
         if page is None:
             new, old = ([cache[part] for cache in pair] for pair in (new, old))
-        reference.append_inside(k[part], v[part], *new, positions[part], None if table is None else table[part])
+        reference.append_("op", k[part], v[part], *new, positions[part], None if table is None else table[part])
         for cache, before, x in zip(new, old, (k, v)):
             changed = (cache != before).any(-1).any(1)
             assert int(changed.sum()) == (0 if part.start else 2 if page is None else 1)
             if not part.start:
                 assert torch.equal(seen(cache, table[:1] if page else None)[0, :, 5], x[0, :, 2])
+
+
+def test_where_it_cannot_raise_the_reference_gives_nan_outside_the_tables(monkeypatch):
+    monkeypatch.setattr(reference, "raises", lambda x: False)
+    a = arguments()
+    for x in reference.apply_rope(a["q"], a["k"], a["cos"], a["sin"], positions=torch.tensor([-1, 7, 8])):
+        assert x[:, :, [0, 2]].isnan().all()
+        assert x[:, :, 1].isfinite().all()
 
 
 def test_a_position_outside_the_tables_is_named():
