@@ -111,7 +111,7 @@ def _decode_kernel(
     batch, program = (program // tiles // heads).to(tl.int64), program.to(tl.int64)
 
     # The keys first .. length - 1 are visible to some query; they are cut into splits of equal length.
-    length = tl.maximum(tl.minimum(tl.load(lengths_ptr + batch * length_stride), capacity), 0).to(tl.int32)
+    length = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch * length_stride), 0), capacity).to(tl.int32)
     first = 0
     if window is not None:
         first = tl.maximum(0, length - S - window + 1)
