@@ -1,5 +1,7 @@
 """apply_rope and rope_append_ against the rotation in float64: values, gradients, layouts, caches, errors."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from trials import trials
@@ -107,6 +109,48 @@ def test_positions_outside_the_tables(triton, device, dtype):
     for bad in (-1, 10):
         with pytest.raises(IndexError):
             reference.apply_rope(q.cpu(), k.cpu(), cos.cpu(), sin.cpu(), positions=torch.tensor([0, 1, 2, bad]))
+
+
+LIGER = "LigerRopeFunction.apply(q, k, cos, sin)"
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("patched", [False, True], ids=["as it is", "patched"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_tables_of_a_hugging_face_model(precision, patched):
+    """What the README says to write in place of Liger's call: right for the tables of a model in any dtype. In bfloat16 they are
+    rounded by up to 2^-9, and more once their frequencies are; those of a patched model and of rope_tables are exact."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+    from trillama.kernels import rope_tables
+    from trillama.kernels.compat.transformers import patch
+
+    readme = Path(__file__).parents[1] / "README.md"
+    (row,) = (line for line in readme.read_text(encoding="utf-8").splitlines() if LIGER in line)
+    instead = row.split("`")[3]
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=99,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=precision)
+    if patched:
+        patch(model)
+    D, x = 32, torch.zeros(1, 40, 64, dtype=precision)
+    cos, sin = model.model.rotary_emb(x, torch.arange(40)[None])
+    assert cos.dtype == (torch.float32 if patched else precision)
+    q, k = heads("transposed", 1, 2, 40, D, precision), heads("transposed", 1, 1, 40, D, precision)
+    got = eval(instead, {"apply_rope": apply_rope, "q": q, "k": k, "cos": cos, "sin": sin, "D": D})
+    theirs = apply_rotary_pos_emb(*(t.double() for t in (q, k, cos, sin)))
+    for y, want in zip(got, theirs):
+        assert oracle.error(y, want) <= torch.finfo(precision).eps
+    exact = rope_tables(10_000.0, D, 40)
+    for table, ours in zip((cos, sin), exact):
+        off = (table[0, :, : D // 2].double() - ours.double()).abs().max()
+        rounding = torch.finfo(cos.dtype).eps / 4
+        assert rounding / 2 < off <= 1.01 * rounding or (cos.dtype == torch.float32 and off < 1e-5)
+    if patched:
+        return
+    rounded = model.to(torch.bfloat16).model.rotary_emb(x.bfloat16(), torch.arange(40)[None])[0]
+    assert 2**-9 < (rounded[0, :, : D // 2].double() - exact[0].double()).abs().max() < 39 * 2**-8
 
 
 def test_gradient_of_one_of_the_two(triton, device):
@@ -253,6 +297,21 @@ def test_append_errors_name_the_argument(changes, message):
         rope_append_(**arguments(**changes))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("rope_append_: ")
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_block_table_of_any_strides(device, backend):
+    q, k, v = (torch.randn(2, h, 3, 32) for h in (4, 2, 2))
+    positions, table = torch.tensor([3, 8, 21]), torch.randperm(8, device=device).view(4, 2).int().t()
+    results = []
+    for t in (table, table.contiguous()):
+        k_cache, v_cache = (torch.zeros(8, 2, 8, 32, device=device) for _ in range(2))
+        on = [x.to(device) for x in (q, k, v, *tables(32, 16))]
+        with use_backend(backend):
+            y = rope_append_(*on, k_cache, v_cache, positions.to(device), block_table=t)
+        results.append((y, k_cache, v_cache))
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
