@@ -15,7 +15,6 @@ position i + T - S. Seen from a key it is the same with left and right, S and T 
 with one more offset: a batch of one, cut by `cu_seqlens`, where each program finds its own sequence.
 """
 
-import math
 from typing import Optional
 
 import torch
@@ -29,11 +28,11 @@ from .dispatch import (
     cdiv,
     check,
     check_same,
+    finite,
     fresh,
     host_sees,
     jit,
     launch,
-    number,
     nvidia,
     register,
     remembered,
@@ -733,8 +732,8 @@ def _check(op, q, k, v, softcap, window, axes):
     check(v.shape == k.shape, lambda: f"{op}: v has shape {tuple(v.shape)}, expected {tuple(k.shape)} as k")
     check(1 <= D <= 256, lambda: f"{op}: q has head size {D}, expected 1 to 256")
     check(Hk > 0 and Hq % Hk == 0, lambda: f"{op}: q has {Hq} heads, expected a multiple of k's {Hk}")
-    softcap = None if softcap is None else number(op, "softcap", softcap)
-    check(softcap is None or 0 < softcap < math.inf, lambda: f"{op}: softcap is {softcap}, expected a positive number or None")
+    softcap = None if softcap is None else finite(op, "softcap", softcap)
+    check(softcap is None or softcap > 0, lambda: f"{op}: softcap is {softcap}, expected a positive number or None")
     window = None if window is None else whole(op, "window", window)
     check(window is None or window > 0, lambda: f"{op}: window is {window}, expected a positive integer or None")
     return softcap, window
@@ -768,8 +767,7 @@ def _refuse_lengths(name, starts, x, longest):
 
 
 def _run(op, q, k, v, starts_q, starts_k, left, right, scale, softcap, return_lse):
-    scale = q.shape[-1] ** -0.5 if scale is None else number(op, "scale", scale)
-    check(-math.inf < scale < math.inf, lambda: f"{op}: scale is {scale}, expected a finite number")
+    scale = q.shape[-1] ** -0.5 if scale is None else finite(op, "scale", scale)
     need_lse = return_lse or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
     return call(_attention_op, _attention, q, k, v, starts_q, starts_k, scale, softcap, left, right, need_lse)
 

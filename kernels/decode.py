@@ -29,6 +29,7 @@ from .dispatch import (
     check,
     check_same,
     dependence,
+    finite,
     fresh,
     jit,
     launch,
@@ -38,20 +39,22 @@ from .dispatch import (
     taped,
     tl,
     uses_triton,
+    whole,
 )
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
 
 @jit
-def _locate(key, end, table_ptr, table_strides, batch, PAGE: tl.constexpr):
-    """(page, slot) of the keys numbered `key` of a sequence, int64, as columns."""
+def _locate(key, end, table_ptr, table_strides, batch, pages, PAGE: tl.constexpr):
+    """(page, slot, whether there is such a page) of the keys numbered `key` of a sequence; page and slot int64, as columns."""
     if PAGE is None:
-        page, slot = batch, key
+        page, slot, known = batch, key, key < end
     else:
-        page = tl.load(table_ptr + batch * table_strides[0] + key // PAGE * table_strides[1], key < end, other=0)[:, None]
-        slot = key % PAGE
-    return page.to(tl.int64), slot[:, None].to(tl.int64)
+        page = tl.load(table_ptr + batch * table_strides[0] + key // PAGE * table_strides[1], key < end, other=0)
+        slot, known = key % PAGE, (page >= 0) & (page < pages)
+        page = page[:, None]
+    return page.to(tl.int64), slot[:, None].to(tl.int64), known
 
 
 @jit
@@ -84,29 +87,30 @@ def _combine(
             total = total * shrink + tl.sum(weight * l, 0)
             out = out * shrink[:, None] + tl.sum(weight[:, :, None] * o, 0)
             top = higher
-        out /= tl.where(total > 0.0, total, 1.0)[:, None]
+        out /= tl.where(total == 0.0, 1.0, total)[:, None]  # where it is NaN, so is the result
         tl.store(out_ptr + e, out.to(out_ptr.dtype.element_ty), inside)
 
 
-@jit(do_not_specialize=["capacity"])
+@jit(do_not_specialize=["capacity", "pages", "heads", "slots"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lengths_ptr, table_ptr, partial_ptr, counter_ptr, scale, softcap, window,
-    S, capacity, q_strides, k_strides, v_strides, length_stride, table_strides,
+    S, capacity, pages, heads, slots, q_strides, k_strides, v_strides, length_stride, table_strides,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, tile of a key/value head, sequence): reads its split of k and v once. A row cut into one split is written
-    to `out` at once; otherwise partial results of [BLOCK_M, D + 2] float32 a split pass through `partial`."""
+    """A program for each sequence, key/value head, tile of its queries and split of its keys (the last runs fastest; one axis, as
+    the others of a grid end at 65,535): reads its split of k and v once. A row cut into one split is written to `out` at once;
+    otherwise partial results of [BLOCK_M, D + 2] float32 a split pass through `partial`."""
     release_dependents(PDL)
     await_inputs(PDL)
-    split = tl.program_id(0)
+    split, program = tl.program_id(0) % slots, tl.program_id(0) // slots
     tiles = tl.cdiv(GROUP * S, BLOCK_M)
-    head, tile = tl.program_id(1) // tiles, tl.program_id(1) % tiles
-    batch = tl.program_id(2).to(tl.int64)
+    tile, head = program % tiles, program // tiles % heads
+    batch, program = (program // tiles // heads).to(tl.int64), program.to(tl.int64)
 
     # The keys first .. length - 1 are visible to some query; they are cut into splits of equal length.
-    length = tl.minimum(tl.load(lengths_ptr + batch * length_stride).to(tl.int32), capacity)
+    length = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch * length_stride), 0), capacity).to(tl.int32)
     first = 0
     if window is not None:
         first = tl.maximum(0, length - S - window + 1)
@@ -130,11 +134,15 @@ def _decode_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    lost = tl.zeros((BLOCK_N,), tl.int1)
     for start in range(first, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         # Beyond `end` lies another program's split, or what was never written: nothing of it may be read, 0 * NaN is NaN.
         mask = (key < end)[:, None] & (col < D)[None, :]
-        page, slot = _locate(key, end, table_ptr, table_strides, batch, PAGE)
+        page, slot, known = _locate(key, end, table_ptr, table_strides, batch, pages, PAGE)
+        if PAGE is not None:
+            mask &= known[:, None]
+            lost |= ~known
         k = tl.load(k_ptr + page * k_strides[0] + slot * k_strides[2] + col[None, :] * k_strides[3], mask, other=0.0)
         v = tl.load(v_ptr + page * v_strides[0] + slot * v_strides[2] + col[None, :] * v_strides[3], mask, other=0.0)
         score = _dot(q, k.T, None, PRECISION) * tl.cast(scale, tl.float32)
@@ -151,16 +159,16 @@ def _decode_kernel(
         l = l * shrink + tl.sum(weight, 1)
         o = _dot(weight.to(v.dtype), v, o * shrink[:, None], PRECISION)
         m = higher
+    if PAGE is not None:  # a page that is not there: nothing is read, and NaN says so
+        l = tl.where(tl.max(lost.to(tl.int32), 0) > 0, float("nan"), l)
 
     o_flat = row[:, None] * D + col[None, :]
     mask = (row < rows)[:, None] & (col < D)[None, :]
-    program = batch * tl.num_programs(1) + tl.program_id(1)
-    out_ptr += ((batch * (tl.num_programs(1) // tiles) + head) * GROUP * S + tile * BLOCK_M) * D
+    out_ptr += ((batch * heads + head) * GROUP * S + tile * BLOCK_M) * D
     if splits <= 1:
-        tl.store(out_ptr + o_flat, (o / tl.where(l > 0.0, l, 1.0)[:, None]).to(out_ptr.dtype.element_ty), mask)
+        tl.store(out_ptr + o_flat, (o / tl.where(l == 0.0, 1.0, l)[:, None]).to(out_ptr.dtype.element_ty), mask)
     if partial_ptr is not None:  # noqa: SIM102 - the outer condition is settled at compile time
         if splits > 1:
-            slots = tl.num_programs(0)
             o_ptr = partial_ptr + program * slots * (BLOCK_M * (D + 2))
             m_ptr = o_ptr + slots * (BLOCK_M * D)
             l_ptr = m_ptr + slots * BLOCK_M
@@ -217,9 +225,9 @@ def _forward(q, k_cache, v_cache, lengths, scale, window, softcap, block_table, 
         counter = taped(_counters, B * programs, q.device)
     launch(
         _decode_kernel,
-        (slots, programs, B),
+        (slots * programs * B,),
         q, k_cache, v_cache, out, lengths, block_table, partial, counter, scale, softcap, window,
-        S, capacity, q.stride(), k_cache.stride(), v_cache.stride(), lengths.stride(0),
+        S, capacity, k_cache.shape[0], Hk, slots, q.stride(), k_cache.stride(), v_cache.stride(), lengths.stride(0),
         None if block_table is None else block_table.stride(),
         GROUP=group, D=D, PAGE=None if block_table is None else page, SPLIT=split, MAX_SPLITS=most,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_E=tile.block_e,
@@ -246,7 +254,7 @@ def _decode_attention(
 _op = register("decode_attention", _decode_attention, lambda q, *_: q.new_empty(q.shape))
 
 
-def _check(q, k_cache, v_cache, lengths, window, block_table, splits):
+def _check(q, k_cache, v_cache, lengths, window, softcap, block_table, splits):
     op = "decode_attention"
     check_same(op, q=q, k_cache=k_cache, v_cache=v_cache)
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
@@ -265,6 +273,7 @@ def _check(q, k_cache, v_cache, lengths, window, block_table, splits):
     if block_table is None:
         check(pages == B, lambda: f"{op}: k_cache holds {pages} sequences, expected {B} as q")
     check(window is None or window >= 1, lambda: f"{op}: window is {window}, expected at least 1 or None")
+    check(softcap is None or softcap > 0, lambda: f"{op}: softcap is {softcap}, expected a positive number or None")
     check(splits is None or splits >= 1, lambda: f"{op}: splits is {splits}, expected at least 1 or None")
 
 
@@ -285,7 +294,9 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
     q: [B, Hq, S, D], float16, bfloat16 or float32, D up to 256. k_cache, v_cache: [B, Hk, T, D] of the same dtype, Hq a multiple
     of Hk; or paged, [pages, Hk, page, D] with block_table int32 [B, n]: key j of sequence b lies in page block_table[b, j // page]
     at j % page. lengths: int32 [B] on the device of q, valid keys a sequence; the S queries are the last S of them, causal among
-    themselves. Any strides; what lies beyond a length is never read, nor are the lengths read by the host.
+    themselves. Any strides; what lies beyond a length is never read, nor are the lengths read by the host. So that nothing outside
+    the cache is read either, a length below 0 counts as 0, one beyond the capacity as the capacity, and a sequence that needs a
+    page outside k_cache gives NaN; on CPU tensors the reference raises ValueError and IndexError for them.
 
     scale: 1 / sqrt(D) if None. window: a query sees itself and the window - 1 keys before it. softcap: scores become
     softcap * tanh(score / softcap). splits: at most so many programs share the keys of one sequence; None: as many as the
@@ -294,6 +305,9 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
     Returns a contiguous [B, Hq, S, D]; a query that sees no key gives 0. Not differentiable. Raises ValueError or TypeError for
     arguments that do not fit. Source: arXiv:2307.08691 and flash-decoding (Dao et al. 2023).
     """
-    _check(q, k_cache, v_cache, lengths, window, block_table, splits)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    op = "decode_attention"
+    scale, softcap = (None if n is None else finite(op, name, n) for name, n in (("scale", scale), ("softcap", softcap)))
+    window, splits = (None if n is None else whole(op, name, n) for name, n in (("window", window), ("splits", splits)))
+    _check(q, k_cache, v_cache, lengths, window, softcap, block_table, splits)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return call(_op, _decode_attention, q, k_cache, v_cache, lengths, scale, window, softcap, block_table, splits)

@@ -8,6 +8,7 @@ dtypes it does again for others of the same, without checking, choosing and bind
 
 import contextlib
 import functools
+import math
 import operator
 import os
 import threading
@@ -731,6 +732,13 @@ def number(op, name, x):
         return float(None if isinstance(x, str) else x)  # "1.0" is no number
     except (TypeError, ValueError, RuntimeError):  # no number, or more than one
         raise TypeError(f"{op}: {name} is {_described(x)}, expected a number") from None
+
+
+def finite(op, name, x):
+    """`number`, which is neither infinite nor NaN."""
+    x = number(op, name, x)
+    check(-math.inf < x < math.inf, lambda: f"{op}: {name} is {x}, expected a finite number")
+    return x
 
 
 def whole(op, name, x):

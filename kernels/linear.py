@@ -8,6 +8,7 @@ themselves (the leading axis of a batched product), so that no warp repeats anot
 with several in flight. Tile and order of summation depend on the weight alone: a row has the same bits whatever its neighbours.
 """
 
+import math
 from typing import Optional
 
 import torch
@@ -28,6 +29,7 @@ from .dispatch import (
     fresh,
     jit,
     launch,
+    number,
     prefetch,
     register,
     release_dependents,
@@ -277,8 +279,9 @@ _op = register(
 )  # fmt: skip
 
 
-def _check(x, weight, norm, residual, activation, bias):
+def _check(x, weight, norm, eps, residual, activation, bias):
     op = "decode_linear"
+    check(0 <= eps < math.inf, lambda: f"{op}: eps is {eps}, expected a finite number, at least 0")
     if isinstance(weight, QuantizedWeight):
         check_same(op, x=x, residual=residual, bias=bias)
         check(weight.device == x.device, lambda: f"{op}: weight is on {weight.device}, expected {x.device} as x")
@@ -307,15 +310,17 @@ def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=N
     weight; more go through `rms_norm`, torch's matrix product and `swiglu`, a quantised weight in parts. Not differentiable.
     Raises ValueError or TypeError for arguments that do not fit.
     """
+    eps = number("decode_linear", "eps", eps)
     if not isinstance(weight, QuantizedWeight):
         return _call(x, weight, None, None, norm, eps, residual, activation, bias)
     if weight.data.is_cpu and backend() != "triton" and unseen(x, norm, residual, bias):
-        _check(x, weight, norm, residual, activation, bias)  # the reference takes the object, which remembers its form for CPUs
+        # The reference takes the object, which remembers its form for CPUs.
+        _check(x, weight, norm, eps, residual, activation, bias)
         return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
     return _call(x, weight.data, weight.scale, weight.minimum, norm, eps, residual, activation, bias)
 
 
 @remembered
 def _call(x, weight, scale, minimum, norm, eps, residual, activation, bias):
-    _check(x, weight if scale is None else QuantizedWeight(weight, scale, minimum), norm, residual, activation, bias)
+    _check(x, weight if scale is None else QuantizedWeight(weight, scale, minimum), norm, eps, residual, activation, bias)
     return call(_op, _decode_linear, x, weight, scale, minimum, norm, eps, residual, activation, bias)

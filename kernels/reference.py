@@ -59,11 +59,28 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, casting="llama"):
 # --- rotary embedding: Su et al. 2021, arXiv:2104.09864 --------------------------------------------------------------
 
 
-def rows_of(cos, sin, positions, x):
-    """The rows `positions` ([S], [B, S] or None) of the tables [P, R/2], for x [B, H, S, D]; negative positions are refused."""
+def reach(integers):
+    return "{} to {}".format(*(n.item() for n in integers.aminmax()))
+
+
+def raises(x):
+    """Whether what lies outside a table or a cache is an error: on a CPU. On a GPU it would be the end of the process, so it is
+    left out there, or NaN, as by the kernels, which cannot raise either."""
+    return x.is_cpu
+
+
+def rows_of(op, cos, sin, positions, x):
+    """The rows `positions` ([S], [B, S] or None) of the tables [P, R/2], for x [B, H, S, D]."""
     if positions is None:
         return [table[: x.shape[2]].to(wide(x.dtype)) for table in (cos, sin)]
-    return [F.embedding(positions, table).to(wide(x.dtype)).unsqueeze(-3) for table in (cos, sin)]
+    if not raises(positions):
+        known = ((positions >= 0) & (positions < len(cos))).unsqueeze(-1)
+        rows = (F.embedding(positions.clamp(0, len(cos) - 1), table) for table in (cos, sin))
+        return [row.masked_fill(~known, math.nan).to(wide(x.dtype)).unsqueeze(-3) for row in rows]
+    try:
+        return [F.embedding(positions, table).to(wide(x.dtype)).unsqueeze(-3) for table in (cos, sin)]
+    except IndexError:
+        raise IndexError(f"{op}: positions are {reach(positions)}, expected 0 to {len(cos) - 1}, the rows of cos") from None
 
 
 def rotate(x, cos, sin, interleaved):
@@ -80,24 +97,60 @@ def rotate(x, cos, sin, interleaved):
 
 
 def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
-    cos, sin = rows_of(cos, sin, positions, q)
+    cos, sin = rows_of("apply_rope", cos, sin, positions, q)
     return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
 
 
 def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=None, interleaved=False):
-    cos, sin = rows_of(cos, sin, positions, q)
+    cos, sin = rows_of("rope_append_", cos, sin, positions, q)
     q, k = rotate(torch.cat((q, k), 1), cos, sin, interleaved).split((q.shape[1], k.shape[1]), 1)  # half the calls
-    slot = positions.long().expand(q.shape[0], q.shape[2])
-    if q.shape[0] == 1 and block_table is None:
-        k_cache.index_copy_(2, slot[0], k)
-        v_cache.index_copy_(2, slot[0], v)
-        return q
-    page = torch.arange(q.shape[0], device=q.device)[:, None]
-    if block_table is not None:
-        page, slot = block_table.long().gather(1, slot // k_cache.shape[2]), slot % k_cache.shape[2]
-    k_cache[page, :, slot] = k.transpose(1, 2)
-    v_cache[page, :, slot] = v.transpose(1, 2)
+    append_("rope_append_", k, v, k_cache, v_cache, positions, block_table)
     return q
+
+
+def append_(op, k, v, k_cache, v_cache, positions, block_table=None):
+    """Writes k and v [B, Hk, S, D] into the caches at `positions`."""
+    if not raises(k):
+        return _append_inside(k, v, k_cache, v_cache, positions, block_table)
+    slot = positions.long().expand(k.shape[0], k.shape[2])
+    try:
+        if block_table is None and k.shape[0] == 1:
+            k_cache.index_copy_(2, slot[0], k)
+            v_cache.index_copy_(2, slot[0], v)
+            return
+        page = torch.arange(k.shape[0])[:, None]
+        if block_table is not None:
+            page, slot = block_table.long().gather(1, slot // k_cache.shape[2]), slot % k_cache.shape[2]
+            if page.numel() and page.min().item() < 0:
+                raise IndexError
+        k_cache[page, :, slot] = k.transpose(1, 2)
+        v_cache[page, :, slot] = v.transpose(1, 2)
+    except (IndexError, RuntimeError):
+        pages, _, T, _ = k_cache.shape
+        capacity = T if block_table is None else T * block_table.shape[1]
+        if positions.min() < 0 or positions.max() >= capacity:
+            found = f"positions are {reach(positions)}, expected 0 to {capacity - 1}, those of the cache"
+            raise IndexError(f"{op}: {found}") from None
+        if block_table is not None and (page.min() < 0 or page.max() >= pages):
+            raise IndexError(no_page(op, page, pages)) from None
+        raise
+
+
+def _append_inside(k, v, k_cache, v_cache, positions, block_table):
+    """Without a wait: a token that has no place is written as another one that has, once more; without any, an old one as it is."""
+    (B, _, S, _), (pages, _, T, _) = k.shape, k_cache.shape
+    slot, page = positions.long().expand(B, S), torch.arange(B, device=k.device)[:, None].expand(B, S)
+    inside = (slot >= 0) & (slot < (T if block_table is None else T * block_table.shape[1]))
+    if block_table is not None:
+        page, slot = block_table.long().gather(1, torch.where(inside, slot, 0) // T), slot % T
+        inside &= (page >= 0) & (page < pages)
+    inside = inside.flatten()
+    if 0 in (*k.shape, *k_cache.shape, len(inside)):
+        return
+    token = torch.where(inside, torch.arange(B * S, device=k.device), inside.int().argmax())
+    page, slot = page.flatten()[token].clamp(0, pages - 1), slot.flatten()[token].clamp(0, T - 1)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache[page, :, slot] = torch.where(inside.any(), new.transpose(1, 2).flatten(0, 1)[token], cache[page, :, slot])
 
 
 # --- SwiGLU: Shazeer 2020, arXiv:2002.05202 --------------------------------------------------------------------------
@@ -227,6 +280,30 @@ def flash_attention_varlen(
     return (out, lse) if return_lse else out
 
 
+def joined(op, cache, table):
+    """The pages [pages, Hk, page, D] that the table [B, n] names, one behind the other: [B, Hk, n page, D]."""
+    if not raises(table):
+        return joined_inside(cache, table)
+    try:
+        pages = cache.index_select(0, table.long().flatten())
+    except (IndexError, RuntimeError):
+        if table.min() < 0 or table.max() >= len(cache):
+            raise IndexError(no_page(op, table, len(cache))) from None
+        raise
+    return pages.unflatten(0, table.shape).transpose(1, 2).flatten(2, 3)
+
+
+def joined_inside(cache, table):
+    """`joined`, with NaN for a page that is not there."""
+    absent = (table < 0) | (table >= len(cache))
+    pages = cache[table.long().clamp(0, len(cache) - 1)].masked_fill_(absent[:, :, None, None, None], math.nan)
+    return pages.transpose(1, 2).flatten(2, 3)
+
+
+def no_page(op, table, pages):
+    return f"{op}: block_table names the pages {reach(table)} where it is needed, expected 0 to {pages - 1}, those of k_cache"
+
+
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, softcap=None, block_table=None, splits=None):
     ends = lengths.tolist()
     if len(set(ends)) > 1:  # row by row: no product may reach what lies beyond a row's length
@@ -240,9 +317,14 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
         return torch.cat(rows)
     B, Hq, S, D = q.shape
     end = ends[0] if ends else 0
+    capacity = k_cache.shape[2] if block_table is None else k_cache.shape[2] * block_table.shape[1]
+    if not 0 <= end <= capacity:
+        if raises(lengths):
+            raise ValueError(f"decode_attention: lengths has {end}, expected 0 to {capacity}, the capacity of the cache")
+        end = min(max(end, 0), capacity)
     if block_table is not None:
-        pages = block_table[:, : -(-end // k_cache.shape[2])].long()
-        k_cache, v_cache = (c[pages].transpose(1, 2).flatten(2, 3) for c in (k_cache, v_cache))
+        table = block_table[:, : -(-end // k_cache.shape[2])]
+        k_cache, v_cache = (joined("decode_attention", c, table) for c in (k_cache, v_cache))
     begin = 0 if window is None else max(0, end - S - window + 1)
     k, v = k_cache[:, :, begin:end], v_cache[:, :, begin:end]
     if S != 1 or softcap is not None or 0 in (*q.shape, *k.shape):

@@ -87,22 +87,23 @@ def _heads(
 
 
 @jit(do_not_specialize=[
-    "positions_ptr", "position_stride_batch", "position_stride_token", "block_table_ptr", "block_table_stride", "tokens",
-    "table_rows", "capacity", "pages", "heads_per_program",
+    "positions_ptr", "position_stride_batch", "position_stride_token", "block_table_ptr", "block_table_stride_row",
+    "block_table_stride_page", "tokens", "table_rows", "capacity", "pages", "heads_per_program",
 ])  # fmt: skip
 def _rope_kernel(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, v_out_ptr, cos_ptr, sin_ptr, positions_ptr, block_table_ptr,
     q_strides, k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides, cos_strides, sin_strides,
-    position_stride_batch, position_stride_token, block_table_stride, tokens, table_rows, capacity, pages, heads_per_program,
+    position_stride_batch, position_stride_token, block_table_stride_row, block_table_stride_page, tokens, table_rows, capacity,
+    pages, heads_per_program,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program turns some heads of BLOCK_S tokens; the heads are numbered q, then k, then v.
 
-    cos and sin are read once and stay in registers. With v_ptr, k and v go into caches [B, Hk, T, D], or [pages, Hk, page, D]
-    through the block table, at the token's position. What lies outside the tables turns to NaN, what lies outside the cache is
-    not written. The masked loads have no `other`: a lane that reads nothing writes nothing.
+    cos and sin are read once and stay in registers; without them nothing is turned. With v_ptr, k and v go into caches
+    [B, Hk, T, D], or [pages, Hk, page, D] through the block table, at the token's position. What lies outside the tables turns to
+    NaN, what lies outside the cache is not written. The masked loads have no `other`: a lane that reads nothing writes nothing.
     """
     release_dependents(PDL)
     await_inputs(PDL)
@@ -117,12 +118,14 @@ def _rope_kernel(
     if positions_ptr is not None:
         position = tl.load(positions_ptr + batch * position_stride_batch + s * position_stride_token, read).to(tl.int64)
         known = _both(known, (position >= 0) & (position < table_rows))
-    cos = tl.load(cos_ptr + position * cos_strides[0] + pair * cos_strides[1], known)
-    sin = tl.load(sin_ptr + position * sin_strides[0] + pair * sin_strides[1], known)
-    if positions_ptr is not None:
-        cos = tl.where(known, cos, float("nan"))
-    if INVERSE:
-        sin = -sin
+    cos, sin = None, None
+    if cos_ptr is not None:
+        cos = tl.load(cos_ptr + position * cos_strides[0] + pair * cos_strides[1], known)
+        sin = tl.load(sin_ptr + position * sin_strides[0] + pair * sin_strides[1], known)
+        if positions_ptr is not None:
+            cos = tl.where(known, cos, float("nan"))
+        if INVERSE:
+            sin = -sin
 
     row, slot = batch, s
     write = read
@@ -130,7 +133,8 @@ def _rope_kernel(
         slot = position
         write = _both(read, (position >= 0) & (position < capacity))
         if block_table_ptr is not None:
-            row = tl.load(block_table_ptr + batch * block_table_stride + position // PAGE, write, other=-1).to(tl.int64)
+            entry = batch * block_table_stride_row + position // PAGE * block_table_stride_page
+            row = tl.load(block_table_ptr + entry, write, other=-1).to(tl.int64)
             slot = position % PAGE
             write &= (row >= 0) & (row < pages)
 
@@ -160,11 +164,13 @@ def _rope_kernel(
 
 
 def _rotate(q, k, cos, sin, positions, interleaved, inverse, v=None, caches=(None, None), block_table=None):
-    """(rotated q, rotated k); with v, k and v go into the caches instead and the second result is k's cache."""
-    B, HQ, S, D = q.shape
-    HK, half = k.shape[1], cos.shape[1]
-    q_out = fresh(_empty(q))
+    """(rotated q, rotated k); with v, k and v go into the caches instead and the second result is k's cache. Without cos there is
+    no q, and k and v go there as they are."""
+    B, HK, S, D = k.shape
+    HQ, half = (0, D // 2) if cos is None else (q.shape[1], cos.shape[1])
     k_out, v_out = (fresh(_empty(k)), None) if v is None else caches
+    q_out = k_out if q is None else fresh(_empty(q))
+    q = k if q is None else q
     heads = HQ + HK * (1 if v is None else 2)
     tile = tuning.rope(half, D - 2 * half, math.gcd(HQ, HK), q.element_size())
     blocks = cdiv(S, tile.block_s)
@@ -177,11 +183,11 @@ def _rotate(q, k, cos, sin, positions, interleaved, inverse, v=None, caches=(Non
         (B * blocks, cdiv(heads, heads_per_program)),
         q, k, v, q_out, k_out, v_out, cos, sin, positions, block_table,
         q.stride(), k.stride(), None if v is None else v.stride(),
-        q_out.stride(), k_out.stride(), None if v is None else v_out.stride(), cos.stride(), sin.stride(),
+        q_out.stride(), k_out.stride(), *(None if t is None else t.stride() for t in (v_out, cos, sin)),
         0 if positions is None or positions.dim() == 1 else positions.stride(0),
         0 if positions is None else positions.stride(-1),
-        0 if block_table is None else block_table.stride(0),
-        S, cos.shape[0],
+        *((0, 0) if block_table is None else block_table.stride()),
+        S, 0 if cos is None else cos.shape[0],
         k_out.shape[2] if block_table is None else page * block_table.shape[1], k_out.shape[0], heads_per_program,
         HQ=HQ, HK=HK, D=D, HALF=half, PAGE=page, INTERLEAVED=interleaved, INVERSE=inverse,
         BLOCK_S=tile.block_s, BLOCK_H=tile.block_h, BLOCK_HALF=tile.block_half, BLOCK_REST=tile.block_rest,
@@ -232,6 +238,15 @@ def _rope_append_(
     return _placed(rotated, q)
 
 
+def append_(op, k, v, k_cache, v_cache, positions, block_table):
+    """What `rope_append_` does with k and v, but that k is not turned; of arguments that fit, within the op of that name."""
+    if uses_triton(k):
+        written(k_cache, v_cache)
+        _rotate(None, k, None, None, positions, False, False, v, (k_cache, v_cache), block_table)
+    else:
+        reference.append_(op, k, v, k_cache, v_cache, positions, block_table)
+
+
 def _save(ctx, inputs, output):
     *_, cos, sin, positions, ctx.interleaved, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin, positions)
@@ -256,7 +271,7 @@ def _check(op, q, k, cos, sin, positions):
         k.dim() == 4 and k.shape[0] == B and k.shape[2:] == q.shape[2:],
         lambda: f"{op}: k has shape {tuple(k.shape)}, expected ({B}, key heads, {S}, {D}) to fit q",
     )
-    check(D % 2 == 0 and 2 <= D <= 256, lambda: f"{op}: q has head size {D}, expected an even number from 2 to 256")
+    check(2 <= D <= 256, lambda: f"{op}: q has head size {D}, expected 2 to 256")
     _check_table(op, q, "cos", cos)
     _check_table(op, q, "sin", sin)
     check(sin.shape == cos.shape, lambda: f"{op}: sin has shape {tuple(sin.shape)}, expected {tuple(cos.shape)} as cos")
@@ -272,13 +287,15 @@ def _check(op, q, k, cos, sin, positions):
 
 def _check_table(op, q, name, table):
     check_same(op, same_dtype=False, **{"q": q, name: table})
-    check(
-        table.dtype == torch.float32 or table.dtype == q.dtype == torch.float64,
-        lambda: f"{op}: {name} is {table.dtype}, expected torch.float32: tables of lower precision break long contexts",
-    )
+    if table.dtype != torch.float32 and not table.dtype == q.dtype == torch.float64:
+        why = f"q, {str(q.dtype)[6:]}, is turned in float32, so that {name}.float() costs nothing"
+        if table.dtype != torch.float64:
+            lost = round(math.log2(torch.finfo(table.dtype).eps)) - 2
+            why = f"{name}.float() will do, but what was rounded stays off by up to 2^{lost}, as tables of rope_tables are not"
+        raise ValueError(f"{op}: {name} is {table.dtype}, expected torch.float32: {why}")
     check(
         table.dim() == 2 and 0 < table.shape[1] <= q.shape[3] // 2,
-        lambda: f"{op}: {name} has shape {tuple(table.shape)}, expected [positions, R / 2] with R at most {q.shape[3]}",
+        lambda: f"{op}: {name} has shape {tuple(table.shape)}, expected [positions, R / 2] with R at most {q.shape[3] // 2 * 2}",
     )
     check(not table.requires_grad, lambda: f"{op}: {name} requires a gradient, but the tables are constants")
 
@@ -302,17 +319,19 @@ def _check_cache(op, k, name, cache, paged):
 def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
     """q and k rotated by the angles of their tokens' positions, in one launch.
 
-    q: [B, Hq, S, D], k: [B, Hk, S, D], float16, bfloat16 or float32, any strides, D even and at most 256. cos, sin: float32
-    [P, R/2], R <= D; the last D - R elements pass through. positions: int32 or int64 [S] or [B, S], rows of the tables, default
-    0..S-1. interleaved: pairs (0, 1), (2, 3).. as in Meta's checkpoints instead of (0, R/2), (1, R/2 + 1).. as in Hugging Face's.
+    q: [B, Hq, S, D], k: [B, Hk, S, D], float16, bfloat16 or float32, any strides, D at most 256. cos, sin: float32 [P, R/2],
+    R <= D; the last D - R elements pass through, so that D may be odd. positions: int32 or int64 [S] or [B, S], rows of the
+    tables, default 0..S-1. interleaved: pairs (0, 1), (2, 3).. as in Meta's checkpoints instead of (0, R/2), (1, R/2 + 1).. as in
+    Hugging Face's.
 
     Computed in float32 and rounded once. Returns new tensors, dense; where the heads of a token lie next to each other in memory
     ([B, S, H, D] transposed) they do so in the result. Differentiable in q and k. A position outside the tables gives NaN from the
-    kernel, which cannot raise without a wait for the GPU, and an IndexError from the reference. Source: arXiv:2104.09864.
+    kernel, which cannot raise without a wait for the GPU, and an IndexError from the reference on CPU tensors. Source:
+    arXiv:2104.09864.
     """
     q, k = promoted(q, k)
     _check("apply_rope", q, k, cos, sin, positions)
-    return call(_apply_rope_op, _apply_rope, q, k, cos, sin, positions, interleaved, False)
+    return call(_apply_rope_op, _apply_rope, q, k, cos, sin, positions, bool(interleaved), False)
 
 
 @remembered
@@ -322,7 +341,7 @@ def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=
     q, k, cos, sin, interleaved: as in `apply_rope`. v: [B, Hk, S, D]. k_cache, v_cache: [B, Hk, T, D], or pages [pages, Hk, page,
     D] with block_table [B, n] (int32 or int64; position p of row b lies in page block_table[b, p // page]). positions: int32 or
     int64 [S] or [B, S]. Two tokens must not share a place. The kernel writes nothing for a position outside the cache; the
-    reference raises an IndexError. Not differentiable.
+    reference raises an IndexError for CPU tensors. Not differentiable.
     """
     op = "rope_append_"
     _check(op, q, k, cos, sin, positions)
@@ -340,4 +359,5 @@ def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=
             block_table.dim() == 2 and block_table.shape[0] == q.shape[0],
             lambda: f"{op}: block_table has shape {tuple(block_table.shape)}, expected ({q.shape[0]}, pages)",
         )
+    interleaved = bool(interleaved)
     return call(_rope_append_op, _rope_append_, q, k, v, cos, sin, k_cache, v_cache, positions, block_table, interleaved)

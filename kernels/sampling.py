@@ -30,6 +30,7 @@ from .dispatch import (
     jit,
     launch,
     next_power_of_2,
+    number,
     register,
     release_dependents,
     remembered,
@@ -37,6 +38,7 @@ from .dispatch import (
     tl,
     unread,
     uses_triton,
+    whole,
     written,
 )
 
@@ -136,13 +138,14 @@ def _embed_kernel(
     """BLOCK columns of the token of one row; the first program of the row counts it. An id outside the table gives NaN."""
     release_dependents(PDL)
     await_inputs(PDL)
-    row = tl.program_id(1).to(tl.int64)
-    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    row, block = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
+    col = block * BLOCK + tl.arange(0, BLOCK)
     id = tl.full((BLOCK,), tl.load(ids_ptr + row), tl.int64)  # Triton 3.9's interpreter takes no scalar for a part of a mask
     known = (col < N) & (id >= 0) & (id < VOCABULARY)
     x = tl.load(table_ptr + id * table_strides[0] + col.to(tl.int64) * table_strides[1], known, other=float("nan"))
     tl.store(x_ptr + row * N + col, x, col < N)
-    if tl.program_id(0) == 0:
+    if block == 0:
         length = tl.load(lengths_ptr + row)
         tl.store(positions_ptr + row, length)
         tl.store(lengths_ptr + row, length + 1)
@@ -324,7 +327,8 @@ def _choose_kernel(
     top_p alone its sum instead. d_ptr, id_ptr: [rows, GROUPS + VOCABULARY] where there is a cut, else None."""
     release_dependents(PDL)
     await_inputs(PDL)
-    row = tl.program_id(1).to(tl.int64)
+    BLOCKS: tl.constexpr = (VOCABULARY + BLOCK - 1) // BLOCK
+    row, block = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
     logits_ptr += row * logits_stride
     if seen_ptr is not None:
         seen_ptr += row * VOCABULARY
@@ -333,7 +337,7 @@ def _choose_kernel(
     if not GREEDY:
         key = _mix(tl.load(state_ptr + row).to(tl.uint64, bitcast=True))
 
-    group = tl.program_id(0) * (BLOCK // _LANES) + tl.arange(0, BLOCK // _LANES)
+    group = block * (BLOCK // _LANES) + tl.arange(0, BLOCK // _LANES)
     known = group * _LANES < VOCABULARY
     id = group[:, None] * _LANES + tl.arange(0, _LANES)[None, :]
     x = _penalised(logits_ptr, seen_ptr, id, id < VOCABULARY, penalty)
@@ -346,7 +350,7 @@ def _choose_kernel(
         sums = tl.sum(tl.exp(-_distance(_finite(top)[:, None], x, temperature)), 1)
         tl.store(best_ptr + GROUPS + group, sums, known)
     tl.debug_barrier()  # the counter is raised by one thread, after the stores of all
-    if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+    if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") == BLOCKS - 1:
         tl.store(counter_ptr + row, 0)  # as it was found
         if d_ptr is None:
             chosen = _best(logits_ptr, seen_ptr, best_ptr, key, temperature, penalty, VOCABULARY, GREEDY, GROUPS)
@@ -396,7 +400,7 @@ def _embed(ids, table, lengths):
     tile = tuning.elementwise(columns, table.element_size())
     launch(
         _embed_kernel,
-        (cdiv(columns, tile.block_n), rows),
+        (rows * cdiv(columns, tile.block_n),),
         ids, table, lengths, positions, x, table.stride(), VOCABULARY=vocabulary, N=columns, BLOCK=tile.block_n,
         num_warps=tile.warps, **dependence(table),
     )  # fmt: skip
@@ -419,7 +423,7 @@ def _choose(logits, ids, ended, finished, ends, state, seen, lengths, temperatur
     written(ids, ended, finished, state, seen, lengths)
     launch(
         _choose_kernel,
-        (cdiv(vocabulary, tile.block), rows),
+        (rows * cdiv(vocabulary, tile.block),),
         logits, seen, state, ids, ended, finished, ends, lengths, best, distances, numbers,
         taped(_counters, rows + 1, logits.device), temperature, penalty, top_k, top_p, -math.log(min_p) if min_p else None, rows,
         logits.stride(0),
@@ -435,9 +439,14 @@ def _choose(logits, ids, ended, finished, ends, state, seen, lengths, temperatur
 def _embed_next_(ids: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if uses_triton(table):
         return _embed(ids, table, lengths)
+    try:
+        x = torch.nn.functional.embedding(ids[:, None], table)
+    except IndexError:
+        found = f"ids are {ids.min().item()} to {ids.max().item()}, expected 0 to {len(table) - 1}, the rows of table"
+        raise IndexError(f"embed_next_: {found}") from None
     positions = lengths[:, None].clone()
     lengths += 1
-    return torch.nn.functional.embedding(ids[:, None], table), positions
+    return x, positions
 
 
 def _choose_(
@@ -511,6 +520,11 @@ def choose_(
         lambda: f"{op}: logits has shape {tuple(logits.shape)} and strides {logits.stride()}, expected [B, vocabulary], rows dense",
     )
     rows, vocabulary = logits.shape
+    temperature, top_k = number(op, "temperature", temperature), None if top_k is None else whole(op, "top_k", top_k)
+    top_p, min_p, repetition_penalty = (
+        None if n is None else number(op, name, n)
+        for name, n in (("top_p", top_p), ("min_p", min_p), ("repetition_penalty", repetition_penalty))
+    )
     _check_vector(op, "ids", ids, torch.int64, rows, logits)
     _check_vector(op, "ended", ended, torch.bool, rows, logits)
     _check_vector(op, "finished", finished, torch.bool, (), logits)
@@ -524,5 +538,5 @@ def choose_(
     top_p = None if top_p is not None and top_p >= 1 else top_p
     call(
         _choose_op, _choose_, logits, ids, ended, finished, ends, state, seen if repetition_penalty is not None else None, lengths,
-        float(temperature), top_k, top_p, min_p or None, repetition_penalty,
+        temperature, top_k, top_p, min_p or None, repetition_penalty,
     )  # fmt: skip

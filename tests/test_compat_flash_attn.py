@@ -1,11 +1,20 @@
 """flash-attention's calls: its published semantics (layouts, bottom-right causality, window pairs, softcap, lse, packed sequences,
 cache append with rotary) against the formulas in float64."""
 
+import numpy as np
 import pytest
 import torch
 from trillama.bench import oracle
 from trillama.kernels import use_backend
-from trillama.kernels.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from trillama.kernels.compat.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
 
 WINDOWS = [(-1, -1), (3, -1), (-1, 2), (2, 4), (0, 0)]
 
@@ -92,6 +101,73 @@ def test_varlen_with_empty_sequences(triton, device, dtype, causal, window):
         else:
             assert not out[a].any()
         assert oracle.error(lse[None, :, a], lse64) < 1e-3
+
+
+# --- packed forms ----------------------------------------------------------------------------------------------------
+
+STARTS = torch.tensor([0, 4, 4, 9]).int()
+PACKED = {
+    "qkv": (flash_attn_qkvpacked_func, flash_attn_func, [(2, 5, 3, 4, 32)], ()),
+    "kv": (flash_attn_kvpacked_func, flash_attn_func, [(2, 3, 4, 32), (2, 7, 2, 2, 32)], ()),
+    "varlen qkv": (flash_attn_varlen_qkvpacked_func, flash_attn_varlen_func, [(9, 3, 4, 32)], (STARTS, 5)),
+    "varlen kv": (flash_attn_varlen_kvpacked_func, flash_attn_varlen_func, [(9, 6, 32), (9, 2, 2, 32)], (STARTS, STARTS, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("form", PACKED)
+@pytest.mark.parametrize("window", [(-1, -1), (2, 1)], ids=str)
+def test_packed_forms(triton, device, dtype, form, window):
+    """The same numbers and gradients, bit for bit, as of q, k and v taken apart, which are views; the gradient is packed."""
+    packed, plain, shapes, cuts = PACKED[form]
+    tensors = [randn(*shape, dtype=dtype).to(device).requires_grad_() for shape in shapes]
+    cuts = [c.to(device) if isinstance(c, torch.Tensor) else c for c in cuts]
+    options = dict(softmax_scale=0.3, causal=True, window_size=window, softcap=5.0, return_attn_probs=True)
+    out, lse, third = packed(*tensors, *cuts, **options)
+    apart = [*tensors[:-1], *tensors[-1].unbind(-3)]
+    both = [cuts[0], cuts[0], cuts[1], cuts[1]] if form == "varlen qkv" else cuts
+    want, lse_want, _ = plain(*apart, *both, **options)
+    assert torch.equal(out, want)
+    assert torch.equal(lse, lse_want)
+    assert third is None
+    dout = randn(*out.shape, dtype=dtype).to(device)
+    got, expected = (torch.autograd.grad(o, tensors, dout, retain_graph=True) for o in (out, want))
+    for g, e, t in zip(got, expected, tensors):
+        assert torch.equal(g, e)
+        assert g.shape == t.shape
+        assert g.is_contiguous()
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_packed_forms_against_float64(triton, device, dtype, form):
+    packed, _, shapes, cuts = PACKED[form]
+    tensors = [randn(*shape, dtype=dtype) for shape in shapes]
+    with torch.no_grad():
+        for _ in range(3):  # the second is remembered, and so done another way
+            out = packed(*(t.to(device) for t in tensors), *(c.to(device) if isinstance(c, torch.Tensor) else c for c in cuts))
+    q, k, v = [*tensors[:-1], *tensors[-1].unbind(-3)]
+    sequences = [(out, q, k, v)]
+    if cuts:
+        sequences = [[t[None, slice(*ends)] for t in (out, q, k, v)] for ends in ((0, 4), (4, 9))]
+    for part, *given in sequences:
+        oracle.check(part, exact(*given, False, (-1, -1))[0], plain(*given, False, (-1, -1)), fp32=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("kind", [torch.tensor, np.asarray, np.int64], ids=["tensor", "array", "numpy"])
+def test_numbers_of_any_kind(triton, device, causal, kind):
+    real = np.float32 if kind is np.int64 else kind
+    q = torch.randn(1, 9, 2, 16, device=device)
+    cuts = torch.tensor([0, 4, 9], device=device).int()
+    same = {"softmax_scale": 0.5, "softcap": 2.0, "window_size": (3, 1)}
+    other = {"softmax_scale": real(0.5), "softcap": real(2.0), "window_size": (kind(3), kind(1))}
+    assert torch.equal(flash_attn_func(q, q, q, causal=causal, **other), flash_attn_func(q, q, q, causal=causal, **same))
+    assert torch.equal(
+        flash_attn_varlen_func(*[q[0]] * 3, cuts, cuts, 5, 5, causal=causal, **other),
+        flash_attn_varlen_func(*[q[0]] * 3, cuts, cuts, 5, 5, causal=causal, **same),
+    )
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
 
 
 def rotated(x, cos, sin, positions, interleaved):
@@ -211,7 +287,7 @@ def test_kvcache_is_a_sound_op():
     caches = torch.zeros(2, 2, 2, 12, 16)
     arguments = (
         torch.randn(2, 4, 1, 16), *caches, torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16), torch.randn(12, 4),
-        torch.randn(12, 4), torch.tensor([3, 7]).int(), None, 0.25, None, 0, None, False, None, False,
+        torch.randn(12, 4), torch.tensor([3, 7]).int(), None, None, 0.25, None, 0, None, False, None, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.trillama.flash_attn_with_kvcache.default, arguments)
     torch.library.opcheck(torch.ops.trillama.flash_attn_with_kvcache.default, (*arguments[:-1], True))
@@ -223,13 +299,29 @@ def test_kvcache_is_a_sound_op():
         (lambda q: flash_attn_func(q, q, q, 0.1), "flash_attn_func: dropout_p is 0.1, expected 0"),
         (lambda q: flash_attn_func(q, q, q, alibi_slopes=q), "flash_attn_func: alibi_slopes is given, expected None"),
         (lambda q: flash_attn_func(q, q[:1], q[:1]), "flash_attn_func: k has shape .*, expected batch size 2 as q"),
+        (lambda q: flash_attn_func(q, q, q, softmax_scale=float("inf")), "func: softmax_scale is inf, expected a finite number"),
+        (lambda q: flash_attn_func(q, q, q, softcap=float("nan")), "flash_attn_func: softcap is nan, expected a finite number"),
+        (lambda q: flash_attn_func(q, q, q, window_size=3), r"flash_attn_func: window_size is 3, expected \(left, right\)"),
+        (lambda q: flash_attn_func(q, q, q, window_size=(2.5, 1)), "flash_attn_func: window_size is 2.5, expected an integer"),
+        (lambda q: flash_attn_func(q, q, q, softmax_scale=torch.ones((), requires_grad=True)), "softmax_scale requires a gradient"),
+        (
+            lambda q: flash_attn_qkvpacked_func(q),
+            r"flash_attn_qkvpacked_func: qkv is \(2, 3, 4, 16\), expected a tensor \[B, S, 3, H, D\]",
+        ),
+        (lambda q: flash_attn_kvpacked_func(q, None), r"kvpacked_func: kv is NoneType, expected a tensor \[B, T, 2, H, D\]"),
+        (lambda q: flash_attn_kvpacked_func(q, q[:1, :, None].expand(1, 3, 2, 4, 16)), "kvpacked_func: k has shape .*, expected"),
+        (lambda q: flash_attn_qkvpacked_func(q[:, :, None].expand(2, 3, 3, 4, 16), 0.1), "qkvpacked_func: dropout_p is 0.1"),
+        (
+            lambda q: flash_attn_varlen_kvpacked_func(q[0], q[:, :2], None, None, 1, 1),
+            "flash_attn_varlen_kvpacked_func: cu_seqlens_q is NoneType",
+        ),
+        (lambda q: flash_attn_varlen_qkvpacked_func(q, None, 1), "flash_attn_varlen_qkvpacked_func: cu_seqlens_q is NoneType"),
         (lambda q: flash_attn_varlen_func(q, q, q, None, None, 1, 1), "flash_attn_varlen_func: q has shape"),
         (lambda q: flash_attn_varlen_func(*[q[0]] * 3, None, None, 1, 1, block_table=q), "block_table is given, expected None"),
-        (lambda q: flash_attn_with_kvcache(q, q, q, cache_leftpad=q), "cache_leftpad is given, expected None"),
         (lambda q: flash_attn_with_kvcache(q, q, q, q), "v is None, expected both of k and v, or neither"),
         (lambda q: flash_attn_with_kvcache(q, q, q, q, q), "cache_seqlens is None, expected where to write k"),
         (lambda q: flash_attn_with_kvcache(q, q, q, q, q, cache_seqlens=3), "cache_seqlens is 3, expected at most 0"),
-        (lambda q: flash_attn_with_kvcache(q, q, q, cache_seqlens=q[0, 0, 0]), "cache_seqlens is torch.float32, expected"),
+        (lambda q: flash_attn_with_kvcache(q, q, q, cache_seqlens=q[0, 0, 0]), "cache_seqlens is torch.float32, expected int32"),
         (lambda q: flash_attn_with_kvcache(q, q, q, rotary_cos=q, rotary_sin=q), "rotary_cos is given without k"),
         (lambda q: flash_attn_with_kvcache(q, q[..., :8], q), r"k_cache has shape .*, expected \[batch, tokens, heads, 16\]"),
     ],

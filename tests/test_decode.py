@@ -1,5 +1,6 @@
 """decode_attention against the formula in float64: lengths, splits, pages, groups, windows; its bits, launches, compilations."""
 
+import numpy as np
 import pytest
 import torch
 from trials import trials
@@ -118,11 +119,73 @@ def test_the_reference_is_the_formula(device):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_a_scale_in_a_tensor_is_a_number(device, backend):
-    q, k, v = torch.randn(1, 2, 1, 32), torch.randn(1, 1, 20, 32), torch.randn(1, 1, 20, 32)
-    given = [t.to(device) for t in (q, k, v, torch.tensor([13], dtype=torch.int32))]
+@pytest.mark.parametrize("kind", [torch.tensor, np.asarray, np.float64, np.float32], ids=["tensor", "array", "double", "single"])
+def test_a_number_may_come_in_a_tensor_or_from_numpy(device, backend, kind):
+    q, k, v = torch.randn(1, 2, 1, 32).half(), torch.randn(1, 1, 700, 32).half(), torch.randn(1, 1, 700, 32).half()
+    given = [t.to(device) for t in (q, k, v, torch.tensor([600], dtype=torch.int32))]
+    integer = np.int64 if kind in (np.float64, np.float32) else kind
     with use_backend(backend):
-        assert torch.equal(decode_attention(*given, scale=torch.tensor(0.5)), decode_attention(*given, scale=0.5))
+        for numbers in ({"scale": 0.5}, {"softcap": 2.0}, {"window": 550}, {"splits": 2}):
+            there = {name: (kind if isinstance(x, float) else integer)(x) for name, x in numbers.items()}
+            for _ in range(2):  # whether it is remembered or not
+                assert torch.equal(decode_attention(*given, **there), decode_attention(*given, **numbers))
+
+
+def test_a_scale_that_requires_a_gradient_is_refused(triton, device):
+    q, k, lengths = (t.to(device) for t in (torch.randn(1, 2, 1, 32), torch.randn(1, 1, 20, 32), torch.tensor([13])))
+    for name in ("scale", "softcap"):
+        with pytest.raises(ValueError, match=f"decode_attention: {name} requires a gradient"):
+            decode_attention(q, k, k, lengths.int(), **{name: torch.tensor(0.5, requires_grad=True)})
+
+
+# --- what lies outside the cache ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_lengths_are_those_of_the_cache(triton, monkeypatch, poisoned, device, dtype, integer):
+    """The kernel cannot raise: it attends to nothing, or to all that there is. So does the reference where it is not on a CPU."""
+    q = torch.randn(4, 4, 1, 32).to(dtype)
+    k, v = (cache(4, 2, 40, 32, dtype) for _ in range(2))
+    big = 2**31 - 1 if integer == torch.int32 else 2**40 + 7
+    wrong, right = torch.tensor([-1, 41, big, -big - 1]).to(integer), torch.tensor([0, 40, 40, 0]).to(integer)
+    given = [t.to(device) for t in (q, k, v)]
+    for options in ({}, {"window": 9}):
+        got = decode_attention(*given, wrong.to(device), **options)
+        assert torch.equal(got, decode_attention(*given, right.to(device), **options))
+    if device == "cpu":
+        for n in (-1, 41):
+            for lengths in ([n, 3, 3, 3], [n] * 4):
+                with use_backend("reference"), pytest.raises(ValueError, match=rf"attention: lengths has {n}, expected 0 to 40"):
+                    decode_attention(*given, torch.tensor(lengths).to(integer))
+    monkeypatch.setattr(reference, "raises", lambda x: False)  # as on a GPU
+    assert torch.equal(reference.decode_attention(q, k, v, wrong), reference.decode_attention(q, k, v, right))
+
+
+@pytest.mark.usefixtures("crosses_splits")
+@pytest.mark.parametrize("splits", [1, None])
+def test_a_page_that_is_not_there(triton, monkeypatch, poisoned, device, dtype, splits):
+    """NaN where it is needed, and only there; the reference raises on a CPU."""
+    q = torch.randn(3, 4, 1, 32).to(dtype)
+    k, v = (torch.randn(12, 2, 256, 32).to(dtype) for _ in range(2))
+    table = torch.randperm(12).view(3, 4).int()
+    lengths = torch.tensor([1000, 600, 256], dtype=torch.int32)
+    want = decode_attention(*(t.to(device) for t in (q, k, v, lengths)), block_table=table.to(device), splits=splits)
+    for absent in (-1, 12, 2**31 - 1):
+        table[1, 2], table[2, 1:] = absent, -1
+        given = [t.to(device) for t in (q, k, v, lengths)]
+        got = decode_attention(*given, block_table=table.to(device), splits=splits)
+        assert got[1].isnan().all()
+        assert torch.equal(got[[0, 2]], want[[0, 2]])
+        if device == "cpu":
+            message = "decode_attention: block_table names the pages .* where it is needed, expected 0 to 11, those of k_cache"
+            with use_backend("reference"), pytest.raises(IndexError, match=message):
+                decode_attention(*given, block_table=table)
+            with use_backend("reference"):
+                assert not decode_attention(given[0], k, v, lengths.clamp(max=512), block_table=table).isnan().any()
+    monkeypatch.setattr(reference, "raises", lambda x: False)  # as on a GPU
+    there = reference.decode_attention(q, k, v, lengths, block_table=table)
+    assert there[1].isnan().all()
+    assert there[[0, 2]].isfinite().all()
 
 
 @pytest.mark.host
@@ -151,6 +214,14 @@ def test_torch_compile_and_opcheck():
         ({"lengths": torch.zeros(3, dtype=torch.int32)}, r"lengths has shape \(3,\), expected \[B\] with B = 2"),
         ({"block_table": torch.zeros(3, 1, dtype=torch.int32)}, r"block_table has shape \(3, 1\), expected \[B, n\] with B = 2"),
         ({"window": 0}, "window is 0, expected at least 1 or None"),
+        ({"window": 2.5}, "window is 2.5, expected an integer"),
+        ({"window": torch.tensor(2.0)}, r"window is a torch.float32 tensor of shape \(\), expected an integer"),
+        ({"scale": float("nan")}, "scale is nan, expected a finite number"),
+        ({"scale": torch.tensor(-float("inf"))}, "scale is -inf, expected a finite number"),
+        ({"scale": "1"}, "scale is '1', expected a number"),
+        ({"scale": torch.ones(2)}, r"scale is a torch.float32 tensor of shape \(2,\), expected a number"),
+        ({"softcap": 0.0}, "softcap is 0.0, expected a positive number or None"),
+        ({"softcap": float("inf")}, "softcap is inf, expected a finite number"),
         ({"splits": 0}, "splits is 0, expected at least 1 or None"),
     ],
 )

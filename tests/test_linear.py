@@ -251,6 +251,11 @@ def test_quantised_weights_of_bfloat16_in_the_interpreter(bits):
         ({"bias": torch.randn(3)}, r"bias has shape \(3,\), expected \(4,\)"),
         ({"residual": torch.randn(2, 5)}, r"residual has shape \(2, 5\), expected \(2, 4\)"),
         ({"residual": torch.randn(2, 4).to("meta")}, "residual is on meta, expected cpu as x"),
+        ({"eps": -1.0}, "eps is -1.0, expected a finite number, at least 0"),
+        ({"eps": float("nan")}, "eps is nan, expected a finite number, at least 0"),
+        ({"eps": None}, "eps is NoneType, expected a number"),
+        ({"eps": torch.tensor(1e-6, requires_grad=True)}, "eps requires a gradient"),
+        ({"weight": quantize(torch.randn(4, 64), 8), "eps": -1.0}, "eps is -1.0, expected a finite number, at least 0"),
     ],
 )
 def test_errors_name_the_argument(change, message):

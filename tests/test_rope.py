@@ -1,5 +1,7 @@
 """apply_rope and rope_append_ against the rotation in float64: values, gradients, layouts, caches, errors."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from trials import trials
@@ -22,12 +24,21 @@ def test_rope_append(triton, poisoned, device, dtype, name):
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
-@pytest.mark.parametrize(("D", "R"), [(64, 32), (128, 96), (80, 20), (100, 2), (256, 64)])
+@pytest.mark.parametrize(("D", "R"), [(64, 32), (128, 96), (80, 20), (100, 2), (256, 64), (67, 66), (33, 8), (129, 128), (3, 2)])
 def test_partial_rotation_passes_the_rest_through(triton, poisoned, device, dtype, D, R, interleaved):
     q, k = heads("packed", 2, 4, 3, D, dtype), heads("contiguous", 2, 2, 3, D, dtype)
     y, z = verify(device, dtype, q, k, *tables(8, R // 2), interleaved=interleaved)
     assert torch.equal(y[..., R:].cpu(), q[..., R:])
     assert torch.equal(z[..., R:].cpu(), k[..., R:])
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+def test_odd_head_sizes_have_gradients_and_caches(triton, poisoned, device, dtype, interleaved):
+    proofs.apply_rope(device, dtype, HQ=4, HK=2, D=67, R=66, kind="packed", interleaved=interleaved, backward=True)
+    proofs.apply_rope(device, dtype, HQ=3, D=33, R=8, positions="int32", interleaved=interleaved, backward=True)
+    for page in (None, 8):
+        proofs.rope_append_(device, dtype, HQ=6, HK=2, D=67, R=32, page=page, interleaved=interleaved)
+    assert set(triton.names) == {"_rope_kernel"}
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
@@ -98,6 +109,48 @@ def test_positions_outside_the_tables(triton, device, dtype):
     for bad in (-1, 10):
         with pytest.raises(IndexError):
             reference.apply_rope(q.cpu(), k.cpu(), cos.cpu(), sin.cpu(), positions=torch.tensor([0, 1, 2, bad]))
+
+
+LIGER = "LigerRopeFunction.apply(q, k, cos, sin)"
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("patched", [False, True], ids=["as it is", "patched"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_tables_of_a_hugging_face_model(precision, patched):
+    """What the README says to write in place of Liger's call: right for the tables of a model in any dtype. In bfloat16 they are
+    rounded by up to 2^-9, and more once their frequencies are; those of a patched model and of rope_tables are exact."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+    from trillama.kernels import rope_tables
+    from trillama.kernels.compat.transformers import patch
+
+    readme = Path(__file__).parents[1] / "README.md"
+    (row,) = (line for line in readme.read_text(encoding="utf-8").splitlines() if LIGER in line)
+    instead = row.split("`")[3]
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=99,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=precision)
+    if patched:
+        patch(model)
+    D, x = 32, torch.zeros(1, 40, 64, dtype=precision)
+    cos, sin = model.model.rotary_emb(x, torch.arange(40)[None])
+    assert cos.dtype == (torch.float32 if patched else precision)
+    q, k = heads("transposed", 1, 2, 40, D, precision), heads("transposed", 1, 1, 40, D, precision)
+    got = eval(instead, {"apply_rope": apply_rope, "q": q, "k": k, "cos": cos, "sin": sin, "D": D})
+    theirs = apply_rotary_pos_emb(*(t.double() for t in (q, k, cos, sin)))
+    for y, want in zip(got, theirs):
+        assert oracle.error(y, want) <= torch.finfo(precision).eps
+    exact = rope_tables(10_000.0, D, 40)
+    for table, ours in zip((cos, sin), exact):
+        off = (table[0, :, : D // 2].double() - ours.double()).abs().max()
+        rounding = torch.finfo(cos.dtype).eps / 4
+        assert rounding / 2 < off <= 1.01 * rounding or (cos.dtype == torch.float32 and off < 1e-5)
+    if patched:
+        return
+    rounded = model.to(torch.bfloat16).model.rotary_emb(x.bfloat16(), torch.arange(40)[None])[0]
+    assert 2**-9 < (rounded[0, :, : D // 2].double() - exact[0].double()).abs().max() < 39 * 2**-8
 
 
 def test_gradient_of_one_of_the_two(triton, device):
@@ -192,9 +245,18 @@ def arguments(**changes):
         (dict(q=torch.randn(4, 3, 64)), r"q has shape \(4, 3, 64\), expected \[batch, heads, tokens, head size\]"),
         (dict(k=torch.randn(2, 2, 4, 64)), r"k has shape \(2, 2, 4, 64\), expected \(2, key heads, 3, 64\)"),
         (dict(k=torch.randn(2, 2, 3, 64).half()), "k is torch.float16, expected torch.float32 as q"),
-        (dict(q=torch.randn(2, 4, 3, 63), k=torch.randn(2, 2, 3, 63)), "q has head size 63, expected an even number from 2 to 256"),
-        (dict(q=torch.randn(2, 4, 3, 258), k=torch.randn(2, 2, 3, 258)), "q has head size 258"),
-        (dict(cos=torch.randn(8, 32).bfloat16()), "cos is torch.bfloat16, expected torch.float32"),
+        (dict(q=torch.randn(2, 4, 3, 63), k=torch.randn(2, 2, 3, 63)), r"cos has shape \(8, 32\), expected .* with R at most 62"),
+        (dict(q=torch.randn(2, 4, 3, 258), k=torch.randn(2, 2, 3, 258)), "q has head size 258, expected 2 to 256"),
+        (dict(q=torch.randn(2, 4, 3, 1), k=torch.randn(2, 2, 3, 1)), "q has head size 1, expected 2 to 256"),
+        (
+            dict(cos=torch.randn(8, 32).bfloat16()),
+            r"cos is torch.bfloat16, expected torch.float32: cos.float\(\) will do, but what was rounded stays off by up to 2\^-9",
+        ),
+        (dict(sin=torch.randn(8, 32).half()), r"sin is torch.float16, .*: sin.float\(\) will do, but .* up to 2\^-12"),
+        (
+            dict(cos=torch.randn(8, 32).double()),
+            r"cos is torch.float64, expected torch.float32: q, float32, is turned in float32, so that cos.float\(\) costs nothing",
+        ),
         (dict(cos=torch.randn(8, 64)), r"cos has shape \(8, 64\), expected \[positions, R / 2\] with R at most 64"),
         (dict(sin=torch.randn(7, 32)), r"sin has shape \(7, 32\), expected \(8, 32\) as cos"),
         (dict(cos=torch.randn(8, 32, requires_grad=True)), "cos requires a gradient, but the tables are constants"),
@@ -237,6 +299,85 @@ def test_append_errors_name_the_argument(changes, message):
     assert str(caught.value).startswith("rope_append_: ")
 
 
-def test_append_outside_the_cache_is_an_index_error_of_the_reference():
-    with use_backend("reference"), pytest.raises(IndexError):
-        rope_append_(**arguments(positions=torch.tensor([0, 1, 8]), cos=torch.randn(20, 32), sin=torch.randn(20, 32)))
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_block_table_of_any_strides(device, backend):
+    q, k, v = (torch.randn(2, h, 3, 32) for h in (4, 2, 2))
+    positions, table = torch.tensor([3, 8, 21]), torch.randperm(8, device=device).view(4, 2).int().t()
+    results = []
+    for t in (table, table.contiguous()):
+        k_cache, v_cache = (torch.zeros(8, 2, 8, 32, device=device) for _ in range(2))
+        on = [x.to(device) for x in (q, k, v, *tables(32, 16))]
+        with use_backend(backend):
+            y = rope_append_(*on, k_cache, v_cache, positions.to(device), block_table=t)
+        results.append((y, k_cache, v_cache))
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(positions=[0, 1, 8]), "positions are 0 to 8, expected 0 to 7, those of the cache"),
+        (dict(positions=[0, 1, 20]), "positions are 0 to 20, expected 0 to 19, the rows of cos"),
+        (dict(positions=[-1, 1, 2]), "positions are -1 to 2, expected 0 to 19, the rows of cos"),
+        (dict(positions=[0, 1, 16], table=[5, 0]), "positions are 0 to 16, expected 0 to 15, those of the cache"),
+        (dict(positions=[0, 1, 9], table=[5, 6]), "block_table names the pages 5 to 6 where it is needed, expected 0 to 5"),
+        (dict(positions=[0, 1, 9], table=[5, -1]), "block_table names the pages -1 to 5 where it is needed, expected 0 to 5"),
+    ],
+)
+def test_append_outside_the_cache_is_an_index_error_of_the_reference(changes, message, rows):
+    a = arguments(cos=torch.randn(20, 32), sin=torch.randn(20, 32))
+    a.update({name: a[name][:rows] for name in ("q", "k", "v", "k_cache", "v_cache")}, positions=torch.tensor(changes["positions"]))
+    if "table" in changes:
+        a.update(k_cache=torch.zeros(6, 2, 8, 64), v_cache=torch.zeros(6, 2, 8, 64))
+        a.update(block_table=torch.tensor([changes["table"]] * rows))
+    with use_backend("reference"), pytest.raises(IndexError, match=f"^rope_append_: {message}") as caught:
+        rope_append_(**a)
+    assert "\n" not in str(caught.value)
+    a["positions"] = torch.tensor([0, 1, 7])  # what lies outside and is not needed does not matter
+    with use_backend("reference"):
+        assert rope_append_(**a).isfinite().all()
+
+
+@pytest.mark.parametrize("page", [None, 8])
+def test_where_it_cannot_raise_the_reference_writes_nothing_outside_the_cache(monkeypatch, page):
+    """As the kernel: what it does on a GPU, in the memory of the CPU."""
+    monkeypatch.setattr(reference, "raises", lambda x: False)
+    positions = torch.tensor([[-1, 16, 5], [99, 2**33, 12], [17, 18, 19]])
+    k, v = (torch.randn(3, 2, 3, 32) for _ in range(2))
+    k_cache, v_cache, table, seen = caches(3, 2, 16, 32, torch.float32, page)
+    if page is not None:
+        table[1, 1], table[2] = k_cache.shape[0], -1
+    for part in (slice(0, 3), slice(2, 3)):  # in the second there is nothing to write
+        new, old = [k_cache.clone(), v_cache.clone()], [k_cache, v_cache]
+        if page is None:
+            new, old = ([cache[part] for cache in pair] for pair in (new, old))
+        reference.append_("op", k[part], v[part], *new, positions[part], None if table is None else table[part])
+        for cache, before, x in zip(new, old, (k, v)):
+            changed = (cache != before).any(-1).any(1)
+            assert int(changed.sum()) == (0 if part.start else 2 if page is None else 1)
+            if not part.start:
+                assert torch.equal(seen(cache, table[:1] if page else None)[0, :, 5], x[0, :, 2])
+
+
+def test_where_it_cannot_raise_the_reference_gives_nan_outside_the_tables(monkeypatch):
+    monkeypatch.setattr(reference, "raises", lambda x: False)
+    a = arguments()
+    for x in reference.apply_rope(a["q"], a["k"], a["cos"], a["sin"], positions=torch.tensor([-1, 7, 8])):
+        assert x[:, :, [0, 2]].isnan().all()
+        assert x[:, :, 1].isfinite().all()
+
+
+def test_a_position_outside_the_tables_is_named():
+    a = arguments()
+    for positions, found in ([0, 1, 8], "0 to 8"), ([-3, 1, 2], "-3 to 2"):
+        message = f"^apply_rope: positions are {found}, expected 0 to 7, the rows of cos$"
+        with use_backend("reference"), pytest.raises(IndexError, match=message):
+            apply_rope(a["q"], a["k"], a["cos"], a["sin"], positions=torch.tensor(positions))
+
+
+def test_tables_in_float64_turn_float64_alone():
+    a = arguments(cos=torch.randn(8, 32).double(), sin=torch.randn(8, 32).double())
+    with use_backend("reference"):
+        assert apply_rope(a["q"].double(), a["k"].double(), a["cos"], a["sin"])[0].dtype == torch.float64

@@ -146,6 +146,32 @@ def test_ids_outside_of_the_table(triton, device, dtype):
     assert x.isnan().all((1, 2)).tolist() == [True, True, False, False]
 
 
+@pytest.mark.parametrize("ids", [[1, 50], [-1, 3]])
+def test_ids_outside_of_the_table_are_named_by_the_reference(ids):
+    table, lengths = torch.randn(50, 96), torch.tensor([4, 5], dtype=torch.int32)
+    message = f"^embed_next_: ids are {ids[0]} to {ids[1]}, expected 0 to 49, the rows of table$"
+    with use_backend("reference"), pytest.raises(IndexError, match=message):
+        embed_next_(torch.tensor(ids), table, lengths)
+    assert lengths.tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("kind", [torch.tensor, np.asarray, np.float64], ids=["tensor", "array", "numpy"])
+def test_numbers_of_any_kind(device, backend, kind):
+    """The same ids as of Python's numbers."""
+    logits, integer = torch.randn(3, 300, device=device), np.int64 if kind is np.float64 else kind
+    plain = {"temperature": 0.75, "top_k": 50, "top_p": 0.75, "min_p": 0.125, "repetition_penalty": 1.5}
+    found = []
+    for options in (plain, {name: (integer if name == "top_k" else kind)(x) for name, x in plain.items()}):
+        rows = Rows(3, 300, device)
+        with use_backend(backend):
+            rows(logits, **options)
+        found.append(rows.ids.tolist())
+    assert found[0] == found[1]
+    with pytest.raises(TypeError, match=r"choose_: top_k is 2\.5, expected an integer"):
+        Rows(3, 300, device)(logits, temperature=1.0, top_k=2.5)
+
+
 @pytest.mark.host
 def test_bad_arguments():
     rows, logits = Rows(2, 10, "cpu"), torch.randn(2, 10)
