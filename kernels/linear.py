@@ -228,7 +228,8 @@ def _fused(x, weight, scale, minimum, norm, eps, residual, activation, bias):
     columns = weight.shape[0] // (2 if activation == "swiglu" else 1)
     out = fresh(torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device))
     rows = x.shape[:-1].numel()
-    middle, inner, strides = row_strides(*(t for t in (x, residual) if t is not None))
+    tensors, middle, inner, strides = row_strides(*(t for t in (x, residual) if t is not None))
+    x, residual = tensors[0], None if residual is None else tensors[1]
     group = K // scale.shape[1] if minimum is not None else None
     tile = tuning.linear(architecture(x), K, weight.element_size(), activation == "swiglu", rows, group)
     launch(
@@ -263,7 +264,8 @@ def _decode_linear(
     if x.shape[:-1].numel() <= ROWS:
         return _fused(x, weight, scale, minimum, norm, eps, residual, activation, bias)
     x = x if norm is None else rms_norm(x, norm, eps)
-    y = F.linear(x, weight, bias) if scale is None else whole.linear(x, bias)
+    with torch._C._DisableAutocast():
+        y = F.linear(x, weight, bias) if scale is None else whole.linear(x, bias)
     if activation == "swiglu":
         y = swiglu(*y.chunk(2, -1))
     return y if residual is None else y + residual

@@ -13,6 +13,8 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
+from .dispatch import steady
+
 GROUPS = (32, 64, 128)
 TILE = 2**24  # elements of a weight that are dequantised at a time where a product needs them in full
 
@@ -82,6 +84,7 @@ class QuantizedWeight:
         zero = self.minimum.float() + 8 * self.scale.float()  # the kernel computes scale (q - 8) + zero
         return order, torch.stack((self.scale.T, zero.to(self.scale.dtype).T), -1).contiguous()
 
+    @steady
     def linear(self, x, bias=None):
         """x [..., K] times the weight, transposed, plus bias, in x.dtype, by PyTorch alone.
 

@@ -185,11 +185,11 @@ def _rms_norm_backward_wide_kernel(
 
 
 def _rows_of(*tensors):
-    """(rows, middle, inner, strides of each tensor, the column's too) for tensors of one shape [..., N]; None is passed on."""
-    present = [t for t in tensors if t is not None]
-    middle, inner, strides = row_strides(*present)
-    by_tensor = iter([(*s, t.stride(-1)) for s, t in zip(strides, present)])
-    return present[0].shape[:-1].numel(), middle, inner, [None if t is None else next(by_tensor) for t in tensors]
+    """(rows, middle, inner, [(tensor, its strides, the column's too)]) for tensors of one shape [..., N] as `row_strides` gives
+    them; None is passed on."""
+    present, middle, inner, strides = row_strides(*(t for t in tensors if t is not None))
+    pairs = iter([(t, (*s, t.stride(-1))) for t, s in zip(present, strides)])
+    return present[0].shape[:-1].numel(), middle, inner, [(None, None) if t is None else next(pairs) for t in tensors]
 
 
 def _forward(x, residual, weight, eps, offset, casting):
@@ -197,7 +197,7 @@ def _forward(x, residual, weight, eps, offset, casting):
     n = x.shape[-1]
     y = fresh(torch.empty(x.shape, dtype=x.dtype, device=x.device))
     total = None if residual is None else fresh(torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    rows, middle, inner, (x_strides, residual_strides, _, _) = _rows_of(x, residual, y, total)
+    rows, middle, inner, ((x, x_strides), (residual, residual_strides), *_) = _rows_of(x, residual, y, total)
     tile = tuning.rows(n, x.element_size())
     launch(
         _rms_norm_kernel if tile.block_n >= n else _rms_norm_wide_kernel,
@@ -212,7 +212,7 @@ def _forward(x, residual, weight, eps, offset, casting):
 def _backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight):
     n = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, middle, inner, (dy_strides, x_strides, dtotal_strides, _) = _rows_of(dy, x, dtotal, dx)
+    rows, middle, inner, ((dy, dy_strides), (x, x_strides), (dtotal, dtotal_strides), _) = _rows_of(dy, x, dtotal, dx)
     tile = tuning.rows(n, x.element_size(), tensors=3)
     rows_per_program = cdiv(cdiv(rows, tuning.programs(architecture(x))), tile.block_rows) * tile.block_rows
     programs = cdiv(rows, max(1, rows_per_program))
