@@ -385,7 +385,7 @@ def register(name, function, fake, *, mutates=(), backward=None, setup_context=N
     @functools.wraps(function)
     def without_tangents(*arguments):
         if _dual(arguments) is not None:  # autograd has not followed the call: the tangents would end here
-            raise _no_forward_mode(function)
+            raise _no_forward_mode(name)
         return function(*arguments)
 
     op = torch.library.custom_op(f"trillama::{name}", without_tangents, mutates_args=mutates)
@@ -415,10 +415,8 @@ def _dual(arguments):
     return None
 
 
-def _no_forward_mode(function):
-    return NotImplementedError(
-        f"{function.__name__.strip('_')} has no forward-mode derivatives here: call trillama.kernels.reference or use a backward"
-    )
+def _no_forward_mode(name):
+    return NotImplementedError(f"{name} has no forward-mode derivatives here: call trillama.kernels.reference or use a backward")
 
 
 def call(op, function, *arguments):
@@ -430,14 +428,14 @@ def call(op, function, *arguments):
         transforms = {i.key().name for i in torch._C._functorch.get_interpreter_stack()} & {"Vmap", "Grad", "Jvp"}
         if transforms:  # torch would run a loop over the batch, or fail without saying why
             raise NotImplementedError(
-                f"{function.__name__.strip('_')} does not run under torch.func's {'/'.join(sorted(transforms)).lower()}: "
+                f"{op._name} does not run under torch.func's {'/'.join(sorted(transforms)).lower()}: "
                 "pass the batch as leading axes and differentiate with torch.autograd"
             )
         return op(*arguments)
     dual = _dual(arguments)
     if dual is not None:
         if uses_triton(dual):
-            raise _no_forward_mode(function)
+            raise _no_forward_mode(op._name)
         return function(*arguments)
     if torch._C._len_torch_dispatch_stack():
         return op(*arguments)

@@ -40,7 +40,7 @@ from .dispatch import (
 )
 from .glu import _sigmoid, swiglu
 from .quantized import QuantizedWeight
-from .rmsnorm import rms_norm
+from .rmsnorm import check_eps, rms_norm
 
 ROWS = 8  # beyond, the product is no longer limited by memory alone and belongs to the vendor's library
 ACTIVATIONS = (None, "swiglu")
@@ -279,7 +279,8 @@ _op = register(
 )  # fmt: skip
 
 
-def _check(x, weight, norm, residual, activation, bias):
+def _check(x, weight, norm, eps, residual, activation, bias):
+    """eps as a float."""
     op = "decode_linear"
     if isinstance(weight, QuantizedWeight):
         check_same(op, x=x, residual=residual, bias=bias)
@@ -296,6 +297,7 @@ def _check(x, weight, norm, residual, activation, bias):
     out = (*x.shape[:-1], N // 2 if activation else N)
     for name, t, shape in (("norm", norm, (K,)), ("bias", bias, (N,)), ("residual", residual, out)):
         check(t is None or t.shape == shape, lambda: f"{op}: {name} has shape {tuple(t.shape)}, expected {shape}")  # noqa: B023
+    return check_eps(op, eps)
 
 
 def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=None, bias=None):
@@ -312,12 +314,12 @@ def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=N
     if not isinstance(weight, QuantizedWeight):
         return _call(x, weight, None, None, norm, eps, residual, activation, bias)
     if weight.data.is_cpu and backend() != "triton" and unseen(x, norm, residual, bias):
-        _check(x, weight, norm, residual, activation, bias)  # the reference takes the object, which remembers its form for CPUs
+        eps = _check(x, weight, norm, eps, residual, activation, bias)  # the reference takes the object, which has CPUs' form
         return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
     return _call(x, weight.data, weight.scale, weight.minimum, norm, eps, residual, activation, bias)
 
 
 @remembered
 def _call(x, weight, scale, minimum, norm, eps, residual, activation, bias):
-    _check(x, weight if scale is None else QuantizedWeight(weight, scale, minimum), norm, residual, activation, bias)
+    eps = _check(x, weight if scale is None else QuantizedWeight(weight, scale, minimum), norm, eps, residual, activation, bias)
     return call(_op, _decode_linear, x, weight, scale, minimum, norm, eps, residual, activation, bias)

@@ -35,8 +35,14 @@ def rms_norm(x, weight, eps=1e-6, *, offset=0.0, casting="llama"):
     if casting == "llama":
         y = y.to(x.dtype)
     if weight is not None:
-        y = y.to(wide(x.dtype)) * (offset + weight.to(wide(x.dtype)) if offset else weight)
+        y = y.to(wide(x.dtype)) * (factor(x, weight, offset, casting) if offset else weight)
     return y.to(x.dtype)
+
+
+def factor(x, weight, offset, casting):
+    """offset + weight in the dtype that is computed in; casting "none" rounds the sum where x and weight share a dtype."""
+    total = offset + weight.to(wide(x.dtype))
+    return total.to(x.dtype).to(total.dtype) if casting == "none" and weight.dtype == x.dtype else total
 
 
 def rms_norm_backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight):
@@ -47,7 +53,7 @@ def rms_norm_backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight)
     seen = normal.to(x.dtype).to(g.dtype) if casting == "llama" else normal
     dweight = (g * seen).sum_to_size(weight.shape).to(weight.dtype) if need_dweight else x.new_empty(0)
     if weight is not None:
-        g = g * (offset + weight.to(g.dtype))
+        g = g * factor(x, weight, offset, casting)
     dx = rstd * (g - normal * (g * normal).mean(-1, keepdim=True))
     return (dx if dtotal is None else dx + dtotal).to(x.dtype).contiguous(), dweight
 
