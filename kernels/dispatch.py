@@ -474,11 +474,12 @@ def steady(function):
 
     @functools.wraps(function)
     def wrapper(*arguments, **named):
+        x = arguments[0] if arguments else next(a for a in named.values() if isinstance(a, torch.Tensor))
         if torch.compiler.is_compiling():  # the graph's own products follow the precision that is set where it runs
-            device = next(a.device for a in (*arguments, *named.values()) if hasattr(a, "device"))
-            with torch.autocast(device.type, enabled=False):
+            with torch.autocast(x.device.type, enabled=False):
                 return function(*arguments, **named)
-        if not torch._C._is_any_autocast_enabled() and not _Exact.wanted():
+        low = _get_precision("cuda" if x.is_cuda else "mkldnn", "matmul") in _LOW
+        if not (low or _Exact.inside or torch._C._is_any_autocast_enabled()):
             return function(*arguments, **named)
         with torch._C._DisableAutocast(), _Exact():
             return function(*arguments, **named)
@@ -492,30 +493,24 @@ class _Exact:
 
     lock, inside, kept = threading.Lock(), 0, None
 
-    @classmethod
-    def wanted(cls):
-        if _precision is None:
-            return cls.inside > 0 or torch.get_float32_matmul_precision() != "highest"
-        return cls.inside > 0 or any(_precision(backend, "matmul") in ("tf32", "bf16") for backend in _BACKENDS)
-
     def __enter__(self):
         cls = type(self)
         with cls.lock:
-            if not cls.inside:
-                cls.kept = self.exchange("highest" if _precision is None else dict.fromkeys(_BACKENDS, "ieee"))
-            cls.inside += 1
+            cls.inside += 1  # before: who finds the precision high looks whether it is so for now
+            if cls.inside == 1:
+                cls.kept = self.exchange("highest" if _set_precision is None else {"mkldnn": "ieee", "cuda": "ieee"})
 
     def __exit__(self, *exception):
         cls = type(self)
         with cls.lock:
-            cls.inside -= 1
-            if not cls.inside:
+            if cls.inside == 1:
                 self.exchange(cls.kept)
+            cls.inside -= 1
 
     @staticmethod
     def exchange(new):
         """Sets the precision of products; what was set before."""
-        if _precision is None:
+        if _set_precision is None:
             before = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision(new)
             return before
@@ -527,9 +522,9 @@ class _Exact:
 
 # torch 2.9 and later has a precision for products, else for all of a backend, else for all; the older switch, which knows one,
 # may then no longer be read once these are in use.
-_BACKENDS = ("mkldnn", "cuda")
-_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 _set_precision = getattr(torch._C, "_set_fp32_precision_setter", None)
+_get_precision = getattr(torch._C, "_get_fp32_precision_getter", lambda backend, what: torch.get_float32_matmul_precision())
+_LOW = ("tf32", "bf16", "high", "medium")
 
 
 def _own_precision(backend):
@@ -538,16 +533,16 @@ def _own_precision(backend):
 
     def followers(wider):
         """Whether another precision for all of `wider` changes (the products', the backend's)."""
-        before, kept = (_precision(backend, "matmul"), _precision(backend, "all")), _precision(wider, "all")
+        before, kept = (_get_precision(backend, "matmul"), _get_precision(backend, "all")), _get_precision(wider, "all")
         _set_precision(wider, "all", "tf32" if kept == "ieee" else "ieee")
-        after = _precision(backend, "matmul"), _precision(backend, "all")
+        after = _get_precision(backend, "matmul"), _get_precision(backend, "all")
         _set_precision(wider, "all", kept)
         return [now != then for now, then in zip(after, before)]
 
     products, whole = followers("generic")
     if not whole and not products:
         products, _ = followers(backend)
-    return "none" if products else _precision(backend, "matmul")
+    return "none" if products else _get_precision(backend, "matmul")
 
 
 # --- remembered calls ------------------------------------------------------------------------------------------------

@@ -84,27 +84,31 @@ class QuantizedWeight:
         zero = self.minimum.float() + 8 * self.scale.float()  # the kernel computes scale (q - 8) + zero
         return order, torch.stack((self.scale.T, zero.to(self.scale.dtype).T), -1).contiguous()
 
-    @steady
     def linear(self, x, bias=None):
         """x [..., K] times the weight, transposed, plus bias, in x.dtype, by PyTorch alone.
 
         On a CPU a few rows of bfloat16 go through PyTorch's own kernels for 8 and 4 bits; everything else dequantises a part of
         the weight at a time, so that memory stays bounded.
         """
-        N, K = self.shape
-        few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[:-1].numel() <= 16
-        if few and self.packed is not None:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(_dense(x), self.packed[0], self.group, self.packed[1])
-        elif few and self.bits == 8 and K % 32 == 0 and N % 16 == 0:  # it reads past the end of other shapes
-            y = torch._weight_int8pack_mm(_dense(x), self.data, self.scale.flatten().to(x.dtype))
-        else:
-            step = max(1, TILE // max(1, K))
-            y = x.new_empty((x.shape[:-1].numel(), N))
-            for start in range(0, N, step):
-                rows = slice(start, start + step)
-                y[:, rows] = F.linear(x.reshape(-1, K), self.dequantize(x.dtype, rows))
-        y = y.view(*x.shape[:-1], N)
-        return y if bias is None else y + bias
+        return _linear(x, self, bias)
+
+
+@steady
+def _linear(x, weight, bias):
+    N, K = weight.shape
+    few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[:-1].numel() <= 16
+    if few and weight.packed is not None:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(_dense(x), weight.packed[0], weight.group, weight.packed[1])
+    elif few and weight.bits == 8 and K % 32 == 0 and N % 16 == 0:  # it reads past the end of other shapes
+        y = torch._weight_int8pack_mm(_dense(x), weight.data, weight.scale.flatten().to(x.dtype))
+    else:
+        step = max(1, TILE // max(1, K))
+        y = x.new_empty((x.shape[:-1].numel(), N))
+        for start in range(0, N, step):
+            rows = slice(start, start + step)
+            y[:, rows] = F.linear(x.reshape(-1, K), weight.dequantize(x.dtype, rows))
+    y = y.view(*x.shape[:-1], N)
+    return y if bias is None else y + bias
 
 
 def quantize(weight, bits=8, group=32):
