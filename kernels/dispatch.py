@@ -474,12 +474,15 @@ def steady(function):
 
     @functools.wraps(function)
     def wrapper(*arguments, **named):
-        x = arguments[0] if arguments else next(a for a in named.values() if isinstance(a, torch.Tensor))
         if torch.compiler.is_compiling():  # the graph's own products follow the precision that is set where it runs
+            x = next(a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor))
             with torch.autocast(x.device.type, enabled=False):
                 return function(*arguments, **named)
-        low = _get_precision("cuda" if x.is_cuda else "mkldnn", "matmul") in _LOW
-        if not (low or _Exact.inside or torch._C._is_any_autocast_enabled()):
+        try:
+            usual = torch._C._get_float32_matmul_precision() == "highest"
+        except RuntimeError:  # torch 2.9's settings are in use
+            usual = False
+        if usual and not _Exact.inside and not torch._C._is_any_autocast_enabled():
             return function(*arguments, **named)
         with torch._C._DisableAutocast(), _Exact():
             return function(*arguments, **named)
@@ -520,11 +523,10 @@ class _Exact:
         return before
 
 
-# torch 2.9 and later has a precision for products, else for all of a backend, else for all; the older switch, which knows one,
-# may then no longer be read once these are in use.
+# torch 2.9 and later has a precision for products, else for all of a backend, else for all. The older switch, which knows one, may
+# then no longer be read if they differ, and says "highest" only where none of them is lower.
 _set_precision = getattr(torch._C, "_set_fp32_precision_setter", None)
-_get_precision = getattr(torch._C, "_get_fp32_precision_getter", lambda backend, what: torch.get_float32_matmul_precision())
-_LOW = ("tf32", "bf16", "high", "medium")
+_get_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 def _own_precision(backend):

@@ -1,6 +1,7 @@
 """An op computes what its arguments say, whatever the caller has set: autocast, precisions, defaults, grad mode."""
 
 import contextlib
+import itertools
 import threading
 
 import pytest
@@ -29,7 +30,8 @@ def fp32_precision(value, *places):
     """torch 2.9's settings; what stands there before is given back."""
     if dispatch._set_precision is None:
         pytest.skip("this torch has no fp32_precision")
-    before = {place: dispatch._get_precision(*place) for place in (*places, ("mkldnn", "matmul"), ("cuda", "matmul"))}
+    products = (("mkldnn", "matmul"), ("cuda", "matmul")) if places[0] == ("generic", "all") else ()  # which follow
+    before = {place: dispatch._get_precision(*place) for place in (*places, *products)}
     for place in before:
         dispatch._set_precision(*place, value if place in places else "none")
     try:
@@ -248,6 +250,10 @@ def test_compiled_under_autocast(name, direct):
             assert torch.allclose(a, b, atol=1e-6, rtol=1e-5)
 
 
+def precision_in_force(backend="mkldnn"):
+    return dispatch._get_precision(backend, "matmul") if dispatch._get_precision else torch.get_float32_matmul_precision()
+
+
 class Products(TorchFunctionMode):
     """Notes under which settings products are computed: this machine's may know no others."""
 
@@ -257,7 +263,7 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.matmul, F.linear, F.scaled_dot_product_attention):
-            self.found.append((torch.is_autocast_enabled("cpu"), dispatch._get_precision("mkldnn", "matmul")))
+            self.found.append((torch.is_autocast_enabled("cpu"), precision_in_force()))
         return function(*args, **(kwargs or {}))
 
 
@@ -272,6 +278,26 @@ def test_products_are_float32(name, setting):
             reference.attention_backward(out, None, q, key, v, out, lse, 0.25, None, 0, None)
     assert len(products.found) >= (7 if name in CALLS else 1)
     assert set(products.found) <= {(False, "none"), (False, "ieee"), (False, "highest")}
+
+
+def test_the_older_switch_tells_of_the_newer_ones():
+    """It says "highest", without an error, only where products are float32: one look is enough."""
+    if dispatch._set_precision is None:
+        pytest.skip("this torch has no fp32_precision")
+    values, places = ("none", "ieee", "tf32"), (("generic", "all"), ("mkldnn", "matmul"), ("cuda", "matmul"))
+    said = set()
+    for switch, *chosen in itertools.product(("highest", "high"), values, values, values):
+        with legacy(switch), contextlib.ExitStack() as stack:
+            for place, value in zip(places, chosen):
+                stack.enter_context(fp32_precision(value, place))
+            try:
+                highest = torch._C._get_float32_matmul_precision() == "highest"
+            except RuntimeError:
+                highest = False
+            low = any(precision_in_force(backend) == "tf32" for backend in ("mkldnn", "cuda"))
+            said.add((highest, low))
+    assert (True, False) in said
+    assert (True, True) not in said
 
 
 PLACES = ("generic", "all"), ("mkldnn", "all"), ("mkldnn", "matmul")
@@ -332,7 +358,7 @@ def test_threads_share_the_setting():
             leave.wait(10)
 
     with legacy("medium"):
-        assert dispatch._get_precision("mkldnn", "matmul") in dispatch._LOW
+        assert precision_in_force() in ("bf16", "medium")
         thread = threading.Thread(target=other)
         thread.start()
         inside.wait(10)
