@@ -638,7 +638,7 @@ RMS_NORM = {
         f"{_mark(casting == 'gemma' and offset and weight)}{casting}, offset {offset}, {weight or 'no'} weight": dict(
             shape=(6, 576), casting=casting, offset=offset, weight=weight
         )
-        for casting in ("llama", "gemma") for offset in (0.0, 1.0) for weight in ("dense", None)
+        for casting in ("llama", "gemma", "none") for offset in (0.0, 1.0) for weight in ("dense", None)
     },
     "weight of float32": dict(shape=(4, 64), weight="float32"),
     "small values": dict(shape=(8, 1024), size=2.0**-10, eps=1e-12),
@@ -648,7 +648,7 @@ RMS_NORM = {
             shape=shape, eps=1e-5, offset=0.5, casting=casting, backward=True
         )
         for shape in ((5, 64), (3, 7, 100), (700, 96), (2, 576), (3, 4096), (4, 20000), (3, 70000))
-        for casting in (("llama", "gemma") if shape[-1] in (64, 70000) else ("llama",))
+        for casting in (("llama", "gemma", "none") if shape[-1] in (64, 70000) else ("llama",))
     },
 }  # fmt: skip
 ADD_RMS_NORM = {

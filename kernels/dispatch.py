@@ -8,6 +8,7 @@ dtypes it does again for others of the same, without checking, choosing and bind
 
 import contextlib
 import functools
+import itertools
 import math
 import operator
 import os
@@ -211,10 +212,6 @@ def launch(kernel, grid, *arguments, **options):
     for callback in _observers:
         if callback(kernel, grid, arguments, options):
             return
-    if forward_ad._current_level >= 0:
-        for a in arguments:
-            if isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None:
-                raise NotImplementedError("the Triton kernels have no forward-mode derivatives: use the reference or a backward")
     with scratch(arguments[0]), _current(arguments[0].device):
         compiled = kernel[grid](*arguments, **options)
     if _own.tape is not None:
@@ -346,17 +343,34 @@ def row_offset(row, middle, inner, strides):
 
 
 def row_strides(*tensors):
-    """The leading axes of tensors of one shape [..., N] as at most three row axes: (middle, inner, [strides of each tensor]).
+    """(tensors, middle, inner, [strides of each tensor]): the leading axes of tensors of one shape [..., N] as at most three row
+    axes.
 
     Neighbouring axes are merged where every tensor allows it, so that a contiguous tensor has one row axis and needs no division.
+    Where more than three would be left, the fewest tensors that will do come back as contiguous copies, the others as they are.
     middle and inner are the sizes of the second last and the last of three axes; the last of two is inner, and what is missing
     is None. Kernels take both without specialisation: they change from step to step.
     """
-    sizes, strides = [], []
-    for axis in range(tensors[0].dim() - 1):
-        size = tensors[0].shape[axis]
-        step = [t.stride(axis) for t in tensors]
-        if size == 1 and axis < tensors[0].dim() - 2:
+    shape, steps = tensors[0].shape, [t.stride() for t in tensors]
+    sizes, strides = _row_axes(shape, steps)
+    if len(sizes) > 3:
+        dense, places = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))], range(len(tensors))
+        for copied in itertools.chain.from_iterable(itertools.combinations(places, n + 1) for n in places):
+            sizes, strides = _row_axes(shape, [dense if place in copied else step for place, step in enumerate(steps)])
+            if len(sizes) <= 3:
+                break
+        tensors = tuple(taped(torch.Tensor.contiguous, t) if place in copied else t for place, t in enumerate(tensors))
+    middle, inner = ([None, None] + sizes[1:])[-2:]
+    strides += [[0] * len(tensors)] * (3 - len(strides))
+    return tensors, middle, inner, list(zip(*strides))
+
+
+def _row_axes(shape, steps):
+    """(sizes, strides) of the row axes of tensors of this shape with these strides, the strides a list for each axis."""
+    sizes, strides, last = [], [], len(shape) - 2
+    for axis in range(last + 1):
+        size, step = shape[axis], [s[axis] for s in steps]
+        if size == 1 and (sizes or axis < last):
             continue
         if sizes and all(before == s * size for before, s in zip(strides[-1], step)):
             sizes[-1] *= size
@@ -364,12 +378,7 @@ def row_strides(*tensors):
         else:
             sizes.append(size)
             strides.append(step)
-    if len(sizes) > 3:
-        shape, strides = tuple(tensors[0].shape), ", ".join(str(t.stride()) for t in tensors)
-        raise ValueError(f"shape {shape} with strides {strides}: more than three leading axes that cannot be merged")
-    middle, inner = ([None, None] + sizes[1:])[-2:]
-    strides += [[0] * len(tensors)] * (3 - len(strides))
-    return middle, inner, list(zip(*strides))
+    return sizes, strides
 
 
 # --- torch.library ---------------------------------------------------------------------------------------------------
@@ -385,7 +394,14 @@ def register(name, function, fake, *, mutates=(), backward=None, setup_context=N
         # Where the repository's root is on sys.path, transformers takes this folder for Hugging Face's package `kernels` and
         # imports it. Registering a second time would make torch free the ops in use.
         return None
-    op = torch.library.custom_op(f"trillama::{name}", function, mutates_args=mutates)
+
+    @functools.wraps(function)
+    def without_tangents(*arguments):
+        if _dual(arguments) is not None:  # autograd has not followed the call: the tangents would end here
+            raise _no_forward_mode(name)
+        return function(*arguments)
+
+    op = torch.library.custom_op(f"trillama::{name}", without_tangents, mutates_args=mutates)
     op.register_fake(fake)
     if backward is None and not mutates:
         backward = _refuse_derivative(name)
@@ -403,19 +419,37 @@ def _refuse_derivative(name):
     return backward
 
 
+def _dual(arguments):
+    """The first of the arguments that carries a tangent of forward-mode AD, else None."""
+    if forward_ad._current_level >= 0:
+        for a in arguments:
+            if isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+                return a
+    return None
+
+
+def _no_forward_mode(name):
+    return NotImplementedError(f"{name} has no forward-mode derivatives here: call trillama.kernels.reference or use a backward")
+
+
 def call(op, function, *arguments):
     """`op(*arguments)` if autograd, torch.compile, a tensor subclass or a dispatch mode has to see it, else `function` directly:
-    the dispatcher costs several microseconds a call."""
+    the dispatcher costs several microseconds a call. Forward-mode AD follows the reference's own operations and no op."""
     if torch.compiler.is_compiling():  # first and alone: what follows cannot be traced
         return op(*arguments)
     if torch._C._functorch.maybe_current_level() is not None:
         transforms = {i.key().name for i in torch._C._functorch.get_interpreter_stack()} & {"Vmap", "Grad", "Jvp"}
         if transforms:  # torch would run a loop over the batch, or fail without saying why
             raise NotImplementedError(
-                f"{function.__name__.strip('_')} does not run under torch.func's {'/'.join(sorted(transforms)).lower()}: "
+                f"{op._name} does not run under torch.func's {'/'.join(sorted(transforms)).lower()}: "
                 "pass the batch as leading axes and differentiate with torch.autograd"
             )
         return op(*arguments)
+    dual = _dual(arguments)
+    if dual is not None:
+        if uses_triton(dual):
+            raise _no_forward_mode(op._name)
+        return function(*arguments)
     if torch._C._len_torch_dispatch_stack():
         return op(*arguments)
     grad = torch.is_grad_enabled()
@@ -430,7 +464,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def unwatched(x):
     """Whether an op on x is a call of the reference and neither autograd nor torch.compile nor a dispatch mode would see more."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) not in _PLAIN:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0 or type(x) not in _PLAIN:
         return False
     return not uses_triton(x) and not torch._C._len_torch_dispatch_stack()
 
@@ -442,6 +476,88 @@ def promoted(*tensors):
         return tensors
     widest = functools.reduce(torch.promote_types, dtypes)
     return tuple(None if t is None else t.to(widest) for t in tensors)
+
+
+# --- the caller's settings -------------------------------------------------------------------------------------------
+
+
+def steady(function):
+    """The function, whose matrix products are those of its tensors' dtypes whatever the caller has set: under autocast torch
+    multiplies float32 in bfloat16, with `torch.set_float32_matmul_precision` or `fp32_precision` in TF32 or bfloat16."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments, **named):
+        if torch.compiler.is_compiling():  # the graph's own products follow the precision that is set where it runs
+            x = next(a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor))
+            with torch.autocast(x.device.type, enabled=False):
+                return function(*arguments, **named)
+        try:
+            usual = torch._C._get_float32_matmul_precision() == "highest"
+        except RuntimeError:  # torch 2.9's settings are in use
+            usual = False
+        if usual and not _Exact.inside and not torch._C._is_any_autocast_enabled():
+            return function(*arguments, **named)
+        with torch._C._DisableAutocast(), _Exact():
+            return function(*arguments, **named)
+
+    return wrapper
+
+
+class _Exact:
+    """Within the block float32 products are float32. The setting is the process's: the first thread that comes keeps what the
+    user has set, the last that leaves puts it back."""
+
+    lock, inside, kept = threading.Lock(), 0, None
+
+    def __enter__(self):
+        cls = type(self)
+        with cls.lock:
+            cls.inside += 1  # before: who finds the precision high looks whether it is so for now
+            if cls.inside == 1:
+                cls.kept = self.exchange("highest" if _set_precision is None else {"mkldnn": "ieee", "cuda": "ieee"})
+
+    def __exit__(self, *exception):
+        cls = type(self)
+        with cls.lock:
+            if cls.inside == 1:
+                self.exchange(cls.kept)
+            cls.inside -= 1
+
+    @staticmethod
+    def exchange(new):
+        """Sets the precision of products; what was set before."""
+        if _set_precision is None:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision(new)
+            return before
+        before = {backend: _own_precision(backend) for backend in new}
+        for backend, precision in new.items():
+            _set_precision(backend, "matmul", precision)
+        return before
+
+
+# torch 2.9 and later has a precision for products, else for all of a backend, else for all. The older switch, which knows one, may
+# then no longer be read if they differ, and says "highest" only where none of them is lower.
+_set_precision = getattr(torch._C, "_set_fp32_precision_setter", None)
+_get_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def _own_precision(backend):
+    """What is set for the products of a backend themselves, "none" where they follow what is set for more. torch tells what is in
+    force and not whose it is: that shows where the other changes."""
+
+    def followers(wider):
+        """Whether another precision for all of `wider` changes (the products', the backend's)."""
+        before, kept = (_get_precision(backend, "matmul"), _get_precision(backend, "all")), _get_precision(wider, "all")
+        _set_precision(wider, "all", "tf32" if kept == "ieee" else "ieee")
+        after = _get_precision(backend, "matmul"), _get_precision(backend, "all")
+        _set_precision(wider, "all", kept)
+        return [now != then for now, then in zip(after, before)]
+
+    products, whole = followers("generic")
+    if not whole and not products:
+        products, _ = followers(backend)
+    return "none" if products else _get_precision(backend, "matmul")
 
 
 # --- remembered calls ------------------------------------------------------------------------------------------------
@@ -726,7 +842,7 @@ def number(op, name, x):
     """x as a float: a number of Python or numpy, or a tensor of one element that no gradient is asked of."""
     if type(x) is float or isinstance(x, (torch.SymFloat, torch.SymInt)):
         return x
-    if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
+    if isinstance(x, torch.Tensor) and ((x.requires_grad and torch.is_grad_enabled()) or _dual([x]) is not None):
         raise ValueError(f"{op}: {name} requires a gradient, which this op does not give: expected a number or a detached tensor")
     try:
         return float(None if isinstance(x, str) else x)  # "1.0" is no number

@@ -88,7 +88,7 @@ def _swiglu_backward_kernel(
 def _launch(kernel, inputs, outputs):
     n = inputs[0].shape[-1]
     rows = inputs[0].shape[:-1].numel()
-    middle, inner, strides = row_strides(*inputs)
+    inputs, middle, inner, strides = row_strides(*inputs)
     tile = tuning.elementwise(n, inputs[0].element_size())
     launch(
         kernel, (cdiv(rows, tile.block_rows) * cdiv(n, tile.block_n),),

@@ -8,7 +8,6 @@ themselves (the leading axis of a batched product), so that no warp repeats anot
 with several in flight. Tile and order of summation depend on the weight alone: a row has the same bits whatever its neighbours.
 """
 
-import math
 from typing import Optional
 
 import torch
@@ -42,7 +41,7 @@ from .dispatch import (
 )
 from .glu import _sigmoid, swiglu
 from .quantized import QuantizedWeight
-from .rmsnorm import rms_norm
+from .rmsnorm import check_eps, rms_norm
 
 ROWS = 8  # beyond, the product is no longer limited by memory alone and belongs to the vendor's library
 ACTIVATIONS = (None, "swiglu")
@@ -230,7 +229,8 @@ def _fused(x, weight, scale, minimum, norm, eps, residual, activation, bias):
     columns = weight.shape[0] // (2 if activation == "swiglu" else 1)
     out = fresh(torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device))
     rows = x.shape[:-1].numel()
-    middle, inner, strides = row_strides(*(t for t in (x, residual) if t is not None))
+    tensors, middle, inner, strides = row_strides(*(t for t in (x, residual) if t is not None))
+    x, residual = tensors[0], None if residual is None else tensors[1]
     group = K // scale.shape[1] if minimum is not None else None
     tile = tuning.linear(architecture(x), K, weight.element_size(), activation == "swiglu", rows, group)
     launch(
@@ -265,7 +265,8 @@ def _decode_linear(
     if x.shape[:-1].numel() <= ROWS:
         return _fused(x, weight, scale, minimum, norm, eps, residual, activation, bias)
     x = x if norm is None else rms_norm(x, norm, eps)
-    y = F.linear(x, weight, bias) if scale is None else whole.linear(x, bias)
+    with torch._C._DisableAutocast():
+        y = F.linear(x, weight, bias) if scale is None else whole.linear(x, bias)
     if activation == "swiglu":
         y = swiglu(*y.chunk(2, -1))
     return y if residual is None else y + residual
@@ -280,8 +281,8 @@ _op = register(
 
 
 def _check(x, weight, norm, eps, residual, activation, bias):
+    """eps as a float."""
     op = "decode_linear"
-    check(0 <= eps < math.inf, lambda: f"{op}: eps is {eps}, expected a finite number, at least 0")
     if isinstance(weight, QuantizedWeight):
         check_same(op, x=x, residual=residual, bias=bias)
         check(weight.device == x.device, lambda: f"{op}: weight is on {weight.device}, expected {x.device} as x")
@@ -297,6 +298,7 @@ def _check(x, weight, norm, eps, residual, activation, bias):
     out = (*x.shape[:-1], N // 2 if activation else N)
     for name, t, shape in (("norm", norm, (K,)), ("bias", bias, (N,)), ("residual", residual, out)):
         check(t is None or t.shape == shape, lambda: f"{op}: {name} has shape {tuple(t.shape)}, expected {shape}")  # noqa: B023
+    return check_eps(op, eps)
 
 
 def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=None, bias=None):
@@ -314,13 +316,12 @@ def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=N
     if not isinstance(weight, QuantizedWeight):
         return _call(x, weight, None, None, norm, eps, residual, activation, bias)
     if weight.data.is_cpu and backend() != "triton" and unseen(x, norm, residual, bias):
-        # The reference takes the object, which remembers its form for CPUs.
-        _check(x, weight, norm, eps, residual, activation, bias)
+        eps = _check(x, weight, norm, eps, residual, activation, bias)  # the reference takes the object, which has CPUs' form
         return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
     return _call(x, weight.data, weight.scale, weight.minimum, norm, eps, residual, activation, bias)
 
 
 @remembered
 def _call(x, weight, scale, minimum, norm, eps, residual, activation, bias):
-    _check(x, weight if scale is None else QuantizedWeight(weight, scale, minimum), norm, eps, residual, activation, bias)
+    eps = _check(x, weight if scale is None else QuantizedWeight(weight, scale, minimum), norm, eps, residual, activation, bias)
     return call(_op, _decode_linear, x, weight, scale, minimum, norm, eps, residual, activation, bias)

@@ -13,6 +13,8 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
+from .dispatch import steady
+
 GROUPS = (32, 64, 128)
 TILE = 2**24  # elements of a weight that are dequantised at a time where a product needs them in full
 
@@ -88,20 +90,25 @@ class QuantizedWeight:
         On a CPU a few rows of bfloat16 go through PyTorch's own kernels for 8 and 4 bits; everything else dequantises a part of
         the weight at a time, so that memory stays bounded.
         """
-        N, K = self.shape
-        few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[:-1].numel() <= 16
-        if few and self.packed is not None:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(_dense(x), self.packed[0], self.group, self.packed[1])
-        elif few and self.bits == 8 and K % 32 == 0 and N % 16 == 0:  # it reads past the end of other shapes
-            y = torch._weight_int8pack_mm(_dense(x), self.data, self.scale.flatten().to(x.dtype))
-        else:
-            step = max(1, TILE // max(1, K))
-            y = x.new_empty((x.shape[:-1].numel(), N))
-            for start in range(0, N, step):
-                rows = slice(start, start + step)
-                y[:, rows] = F.linear(x.reshape(-1, K), self.dequantize(x.dtype, rows))
-        y = y.view(*x.shape[:-1], N)
-        return y if bias is None else y + bias
+        return _linear(x, self, bias)
+
+
+@steady
+def _linear(x, weight, bias):
+    N, K = weight.shape
+    few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[:-1].numel() <= 16
+    if few and weight.packed is not None:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(_dense(x), weight.packed[0], weight.group, weight.packed[1])
+    elif few and weight.bits == 8 and K % 32 == 0 and N % 16 == 0:  # it reads past the end of other shapes
+        y = torch._weight_int8pack_mm(_dense(x), weight.data, weight.scale.flatten().to(x.dtype))
+    else:
+        step = max(1, TILE // max(1, K))
+        y = x.new_empty((x.shape[:-1].numel(), N))
+        for start in range(0, N, step):
+            rows = slice(start, start + step)
+            y[:, rows] = F.linear(x.reshape(-1, K), weight.dequantize(x.dtype, rows))
+    y = y.view(*x.shape[:-1], N)
+    return y if bias is None else y + bias
 
 
 def quantize(weight, bits=8, group=32):

@@ -1,8 +1,9 @@
 """The specification: every op in plain PyTorch, with the names, signatures and roundings of the Triton kernels.
 
 It is also the path that CPU tensors take, so it leans on `scaled_dot_product_attention` where its semantics fit. Everything is
-differentiable by autograd except the decode calls. Shapes: B batch, S query length, T key length, Hq query heads, Hk key/value
-heads, D head size, N hidden size.
+differentiable by autograd except the decode calls. What is `steady` multiplies as its tensors' dtypes say, also under autocast;
+the gradients that autograd makes of it are torch's, which wants no autocast there. Shapes: B batch, S query length, T key length,
+Hq query heads, Hk key/value heads, D head size, N hidden size.
 """
 
 import math
@@ -11,6 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from .dispatch import steady
 from .frequencies import rope_tables
 
 __all__ = [
@@ -34,8 +36,14 @@ def rms_norm(x, weight, eps=1e-6, *, offset=0.0, casting="llama"):
     if casting == "llama":
         y = y.to(x.dtype)
     if weight is not None:
-        y = y.to(wide(x.dtype)) * (offset + weight.to(wide(x.dtype)) if offset else weight)
+        y = y.to(wide(x.dtype)) * (factor(x, weight, offset, casting) if offset else weight)
     return y.to(x.dtype)
+
+
+def factor(x, weight, offset, casting):
+    """offset + weight in the dtype that is computed in; casting "none" rounds the sum where x and weight share a dtype."""
+    total = offset + weight.to(wide(x.dtype))
+    return total.to(x.dtype).to(total.dtype) if casting == "none" and weight.dtype == x.dtype else total
 
 
 def rms_norm_backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight):
@@ -44,9 +52,9 @@ def rms_norm_backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight)
     rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     normal = x32 * rstd
     seen = normal.to(x.dtype).to(g.dtype) if casting == "llama" else normal
-    dweight = (g * seen).flatten(0, -2).sum(0).to(weight.dtype) if need_dweight else x.new_empty(0)
+    dweight = (g * seen).sum_to_size(weight.shape).to(weight.dtype) if need_dweight else x.new_empty(0)
     if weight is not None:
-        g = g * (offset + weight.to(g.dtype))
+        g = g * factor(x, weight, offset, casting)
     dx = rstd * (g - normal * (g * normal).mean(-1, keepdim=True))
     return (dx if dtotal is None else dx + dtotal).to(x.dtype).contiguous(), dweight
 
@@ -205,6 +213,7 @@ def attend(q, k, v, mask, scale, softcap):
     return out.reshape(B, Hq, S, v.shape[-1]).to(q.dtype), lse.reshape(B, Hq, S)
 
 
+@steady
 def attention(q, k, v, scale, left, right, softcap, need_lse):
     """(out, lse or None) for a span as `span` gives it, aligned bottom-right: the last query meets the last key."""
     S, T = q.shape[2], k.shape[2]
@@ -226,6 +235,7 @@ def attention(q, k, v, scale, left, right, softcap, need_lse):
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped), None
 
 
+@steady
 def attention_backward(dout, dlse, q, k, v, out, lse, scale, left, right, softcap):
     """(dq, dk, dv) of `attention`, whose lse must be given; dlse is None where lse has no gradient."""
     S, (Hk, T) = q.shape[2], k.shape[1:3]
@@ -304,6 +314,7 @@ def no_page(op, table, pages):
     return f"{op}: block_table names the pages {reach(table)} where it is needed, expected 0 to {pages - 1}, those of k_cache"
 
 
+@steady
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, softcap=None, block_table=None, splits=None):
     ends = lengths.tolist()
     if len(set(ends)) > 1:  # row by row: no product may reach what lies beyond a row's length
@@ -337,6 +348,7 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
 # --- the matrix-vector product of the decode step --------------------------------------------------------------------
 
 
+@steady
 def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=None, bias=None):
     x = x if norm is None else rms_norm(x, norm, eps)
     y = F.linear(x, weight, bias) if isinstance(weight, torch.Tensor) else weight.linear(x, bias)

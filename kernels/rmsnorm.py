@@ -9,6 +9,7 @@ Backward, with r = 1 / sqrt(mean(x^2) + eps), n = x r and g = dy (offset + weigh
 r is recomputed from x, which the backward reads anyway: nothing is saved but the inputs.
 """
 
+import math
 from typing import Optional
 
 import torch
@@ -20,6 +21,7 @@ from .dispatch import (
     cdiv,
     check,
     check_same,
+    finite,
     fresh,
     jit,
     launch,
@@ -32,7 +34,7 @@ from .dispatch import (
     uses_triton,
 )
 
-CASTINGS = ("llama", "gemma")
+CASTINGS = ("llama", "gemma", "none")
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -46,12 +48,22 @@ def _load(ptr, mask):
 
 
 @jit
-def _scale(normal, weight_ptr, col, inside, offset, stride, dtype: tl.constexpr, LLAMA: tl.constexpr):
+def _factor(weight_ptr, col, inside, offset, stride, dtype: tl.constexpr, CASTING: tl.constexpr):
+    """offset + weight; "none" rounds the sum to the input's dtype where the weight has no other."""
+    factor = tl.cast(offset, tl.float32) + _load(weight_ptr + col * stride, inside)
+    if CASTING == "none":  # noqa: SIM102 - each is settled at compile time, which Triton wants one by one
+        if weight_ptr.dtype.element_ty == dtype:
+            factor = factor.to(dtype).to(tl.float32)
+    return factor
+
+
+@jit
+def _scale(normal, weight_ptr, col, inside, offset, stride, dtype: tl.constexpr, CASTING: tl.constexpr):
     """normal * (offset + weight); "llama" rounds to the input's dtype before the weight, as Hugging Face's model does."""
-    if LLAMA:
+    if CASTING == "llama":
         normal = normal.to(dtype).to(tl.float32)
     if weight_ptr is not None:
-        normal *= tl.cast(offset, tl.float32) + _load(weight_ptr + col * stride, inside)
+        normal *= _factor(weight_ptr, col, inside, offset, stride, dtype, CASTING)
     return normal.to(dtype)
 
 
@@ -59,7 +71,7 @@ def _scale(normal, weight_ptr, col, inside, offset, stride, dtype: tl.constexpr,
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, eps, offset, rows, middle, inner, x_strides, residual_strides,
     weight_stride,
-    N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LLAMA: tl.constexpr,
+    N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, CASTING: tl.constexpr,
 ):  # fmt: skip
     """Reads x (and residual) and writes y (and total = x + residual, rounded as the tensor is)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -73,14 +85,14 @@ def _rms_norm_kernel(
         tl.store(total_ptr + row * N + col, total, mask)
         x = total.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / N + tl.cast(eps, tl.float32))
-    tl.store(y_ptr + row * N + col, _scale(x * rstd, weight_ptr, col, col < N, offset, weight_stride, dtype, LLAMA), mask)
+    tl.store(y_ptr + row * N + col, _scale(x * rstd, weight_ptr, col, col < N, offset, weight_stride, dtype, CASTING), mask)
 
 
 @jit(do_not_specialize=["rows", "middle", "inner"])
 def _rms_norm_wide_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, eps, offset, rows, middle, inner, x_strides, residual_strides,
     weight_stride,
-    N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LLAMA: tl.constexpr,
+    N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, CASTING: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -102,14 +114,14 @@ def _rms_norm_wide_kernel(
         x = _load(x_ptr + col * x_strides[3], col < N)
         if residual_ptr is not None:  # added again rather than read back: another thread may have written total
             x = (x + _load(residual_ptr + col * residual_strides[3], col < N)).to(dtype).to(tl.float32)
-        tl.store(y_ptr + row * N + col, _scale(x * rstd, weight_ptr, col, col < N, offset, weight_stride, dtype, LLAMA), col < N)
+        tl.store(y_ptr + row * N + col, _scale(x * rstd, weight_ptr, col, col < N, offset, weight_stride, dtype, CASTING), col < N)
 
 
 @jit(do_not_specialize=["rows", "rows_per_program", "middle", "inner"])
 def _rms_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, dtotal_ptr, dx_ptr, partial_ptr, eps, offset, rows, rows_per_program, middle, inner,
     dy_strides, x_strides, dtotal_strides, weight_stride,
-    N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LLAMA: tl.constexpr,
+    N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, CASTING: tl.constexpr,
 ):  # fmt: skip
     """Reads dy, x (and dtotal) and writes dx; each program adds up its rows' share of dweight into one float32 row of
     `partial`, so that the sum has a fixed order and needs no atomics."""
@@ -117,7 +129,7 @@ def _rms_norm_backward_kernel(
     col = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]  # int64: a column may be a long stride away
     scale = tl.zeros((1, BLOCK_N), tl.float32) + 1.0
     if weight_ptr is not None:
-        scale = tl.cast(offset, tl.float32) + _load(weight_ptr + col * weight_stride, col < N)
+        scale = _factor(weight_ptr, col, col < N, offset, weight_stride, x_ptr.dtype.element_ty, CASTING)
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
     for start in range(0, rows_per_program, BLOCK_ROWS):
         row = program * rows_per_program + start + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -132,7 +144,7 @@ def _rms_norm_backward_kernel(
             dx += _load(dtotal_ptr + row_offset(row, middle, inner, dtotal_strides) + col * dtotal_strides[3], mask)
         tl.store(dx_ptr + row * N + col, dx.to(dx_ptr.dtype.element_ty), mask)
         if partial_ptr is not None:
-            if LLAMA:
+            if CASTING == "llama":
                 normal = normal.to(x_ptr.dtype.element_ty).to(tl.float32)
             dweight += dy * normal
     if partial_ptr is not None:
@@ -143,7 +155,7 @@ def _rms_norm_backward_kernel(
 def _rms_norm_backward_wide_kernel(
     dy_ptr, x_ptr, weight_ptr, dtotal_ptr, dx_ptr, partial_ptr, eps, offset, rows, rows_per_program, middle, inner,
     dy_strides, x_strides, dtotal_strides, weight_stride,
-    N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LLAMA: tl.constexpr,
+    N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, CASTING: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     for row in range(program * rows_per_program, tl.minimum(rows, (program + 1) * rows_per_program)):
@@ -156,7 +168,7 @@ def _rms_norm_backward_wide_kernel(
             x = _load(x_row + col * x_strides[3], col < N)
             g = _load(dy_row + col * dy_strides[3], col < N)
             if weight_ptr is not None:
-                g *= tl.cast(offset, tl.float32) + _load(weight_ptr + col * weight_stride, col < N)
+                g *= _factor(weight_ptr, col, col < N, offset, weight_stride, x_ptr.dtype.element_ty, CASTING)
             square += x * x
             dot += g * x
         rstd = tl.rsqrt(tl.sum(square, 0) / N + tl.cast(eps, tl.float32))
@@ -167,13 +179,13 @@ def _rms_norm_backward_wide_kernel(
             dy = _load(dy_row + col * dy_strides[3], col < N)
             g = dy
             if weight_ptr is not None:
-                g *= tl.cast(offset, tl.float32) + _load(weight_ptr + col * weight_stride, col < N)
+                g *= _factor(weight_ptr, col, col < N, offset, weight_stride, x_ptr.dtype.element_ty, CASTING)
             dx = rstd * (g - normal * mean)
             if dtotal_ptr is not None:
                 dx += _load(dtotal_ptr + row_offset(row, middle, inner, dtotal_strides) + col * dtotal_strides[3], col < N)
             tl.store(dx_ptr + row * N + col, dx.to(dx_ptr.dtype.element_ty), col < N)
             if partial_ptr is not None:
-                if LLAMA:
+                if CASTING == "llama":
                     normal = normal.to(x_ptr.dtype.element_ty).to(tl.float32)
                 share = dy * normal
                 if row > program * rows_per_program:
@@ -185,11 +197,12 @@ def _rms_norm_backward_wide_kernel(
 
 
 def _rows_of(*tensors):
-    """(rows, middle, inner, strides of each tensor, the column's too) for tensors of one shape [..., N]; None is passed on."""
-    present = [t for t in tensors if t is not None]
-    middle, inner, strides = row_strides(*present)
-    by_tensor = iter([(*s, t.stride(-1)) for s, t in zip(strides, present)])
-    return present[0].shape[:-1].numel(), middle, inner, [None if t is None else next(by_tensor) for t in tensors]
+    """(rows, middle, inner, [(tensor, its strides, the column's too)]) for tensors of one shape [..., N] as `row_strides` gives
+    them; None is passed on. Rows of no elements are none."""
+    present, middle, inner, strides = row_strides(*(t for t in tensors if t is not None))
+    pairs = iter([(t, (*s, t.stride(-1))) for t, s in zip(present, strides)])
+    *lead, n = present[0].shape
+    return math.prod(lead) if n else 0, middle, inner, [(None, None) if t is None else next(pairs) for t in tensors]
 
 
 def _forward(x, residual, weight, eps, offset, casting):
@@ -197,14 +210,14 @@ def _forward(x, residual, weight, eps, offset, casting):
     n = x.shape[-1]
     y = fresh(torch.empty(x.shape, dtype=x.dtype, device=x.device))
     total = None if residual is None else fresh(torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    rows, middle, inner, (x_strides, residual_strides, _, _) = _rows_of(x, residual, y, total)
+    rows, middle, inner, ((x, x_strides), (residual, residual_strides), *_) = _rows_of(x, residual, y, total)
     tile = tuning.rows(n, x.element_size())
     launch(
         _rms_norm_kernel if tile.block_n >= n else _rms_norm_wide_kernel,
         (cdiv(rows, tile.block_rows),),
         x, residual, weight, y, total, eps, offset, rows, middle, inner, x_strides, residual_strides,
         None if weight is None else weight.stride(0),
-        N=n, BLOCK_ROWS=tile.block_rows, BLOCK_N=tile.block_n, LLAMA=casting == "llama", num_warps=tile.warps,
+        N=n, BLOCK_ROWS=tile.block_rows, BLOCK_N=tile.block_n, CASTING=casting, num_warps=tile.warps,
     )  # fmt: skip
     return y, total
 
@@ -212,7 +225,7 @@ def _forward(x, residual, weight, eps, offset, casting):
 def _backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight):
     n = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, middle, inner, (dy_strides, x_strides, dtotal_strides, _) = _rows_of(dy, x, dtotal, dx)
+    rows, middle, inner, ((dy, dy_strides), (x, x_strides), (dtotal, dtotal_strides), _) = _rows_of(dy, x, dtotal, dx)
     tile = tuning.rows(n, x.element_size(), tensors=3)
     rows_per_program = cdiv(cdiv(rows, tuning.programs(architecture(x))), tile.block_rows) * tile.block_rows
     programs = cdiv(rows, max(1, rows_per_program))
@@ -222,7 +235,7 @@ def _backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight):
         (programs,),
         dy, x, weight, dtotal, dx, partial, eps, offset, rows, rows_per_program, middle, inner,
         dy_strides, x_strides, dtotal_strides, None if weight is None else weight.stride(0),
-        N=n, BLOCK_ROWS=tile.block_rows, BLOCK_N=tile.block_n, LLAMA=casting == "llama", num_warps=tile.warps,
+        N=n, BLOCK_ROWS=tile.block_rows, BLOCK_N=tile.block_n, CASTING=casting, num_warps=tile.warps,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype) if need_dweight else x.new_empty(0)
 
@@ -289,7 +302,15 @@ def _gradients(ctx, dy, dtotal):
     return *([dx] * at), dweight if need else None, None, None, None
 
 
-def _check(op, x, weight, casting, residual=None):
+def check_eps(op, eps):
+    """eps as a float."""
+    least = finite(op, "eps", eps)
+    check(least >= 0, lambda: f"{op}: eps is {eps}, expected a number of at least 0")
+    return least
+
+
+def _check(op, x, weight, eps, offset, casting, residual=None):
+    """(eps, offset) as floats."""
     check_same(op, x=x, residual=residual)
     check(x.dim() > 0, lambda: f"{op}: x is a scalar, expected at least one axis")
     check(casting in CASTINGS, lambda: f"{op}: casting is {casting!r}, expected one of {', '.join(CASTINGS)}")
@@ -304,6 +325,7 @@ def _check(op, x, weight, casting, residual=None):
             residual.shape == x.shape,
             lambda: f"{op}: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)} as x",
         )
+    return check_eps(op, eps), finite(op, "offset", offset)
 
 
 @remembered
@@ -312,10 +334,12 @@ def rms_norm(x, weight, eps=1e-6, *, offset=0.0, casting="llama"):
 
     x: [..., N], float16, bfloat16 or float32, any strides. weight: [N] in any floating dtype, or None for no scaling.
     casting: "llama" rounds x / rms(x) to x.dtype before the weight (Hugging Face's Llama), "gemma" keeps float32 to the end
-    (with offset=1.0, Hugging Face's Gemma). Returns a new contiguous tensor like x. Differentiable in x and weight.
-    Raises ValueError or TypeError for arguments that do not fit. Source: arXiv:1910.07467.
+    (with offset=1.0, Hugging Face's Gemma), "none" is "gemma" but that offset + weight is a sum in the dtype of both where x and
+    weight share it (Liger's "none", whose squares are also rounded: in float16 they would overflow from 256 on).
+    Returns a new contiguous tensor like x. Differentiable in x and weight. Raises ValueError or TypeError for arguments that do
+    not fit; eps is at least 0. Source: arXiv:1910.07467.
     """
-    _check("rms_norm", x, weight, casting)
+    eps, offset = _check("rms_norm", x, weight, eps, offset, casting)
     return call(_rms_norm_op, _rms_norm, x, weight, eps, offset, casting)
 
 
@@ -327,5 +351,5 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, casting="llama"):
     operations would. Everything else as in `rms_norm`.
     """
     x, residual = promoted(x, residual)
-    _check("add_rms_norm", x, weight, casting, residual)
+    eps, offset = _check("add_rms_norm", x, weight, eps, offset, casting, residual)
     return call(_add_rms_norm_op, _add_rms_norm, x, residual, weight, eps, offset, casting)

@@ -55,6 +55,29 @@ def test_gradients_reach_the_weight(triton, device):
     oracle.check(x.grad.cpu().flatten(-2), x64.grad, fp32=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("casting", ["llama", "gemma", "none"])
+@pytest.mark.parametrize("shape", [(64,), (4, 16), (1,)], ids=str)
+def test_rms_norm_of_one_row_alone(backend, device, shape, casting):
+    """normalized_shape is all of x's shape: outputs and gradients."""
+    norm = RMSNorm(shape, 1e-5, device=device, offset=0.5, casting=casting)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    with use_backend(backend):
+        y = norm(x)
+        y.square().sum().backward()
+    x64, w64 = oracle.exact(x.flatten(), norm.weight.flatten())
+    exact = oracle.rms_norm(x64, w64, 1e-5, 0.5)
+    exact.square().sum().backward()
+    oracle.check(y.cpu().detach().flatten(), exact)
+    assert torch.allclose(x.grad.cpu().flatten().double(), x64.grad, atol=1e-5)  # which is 0 for one element
+    oracle.check(norm.weight.grad.cpu().flatten(), w64.grad, fp32=1e-5)
+
+
+def test_rms_norm_refuses_a_negative_eps():
+    with pytest.raises(ValueError, match="rms_norm: eps is -1, expected a number of at least 0"):
+        RMSNorm(8, -1)(torch.randn(2, 8))
+
+
 def hugging_face(module, **changes):
     """A Llama's `module` with random weights; needs transformers."""
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
