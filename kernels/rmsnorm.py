@@ -25,6 +25,7 @@ from .dispatch import (
     fresh,
     jit,
     launch,
+    number,
     promoted,
     register,
     remembered,
@@ -304,9 +305,9 @@ def _gradients(ctx, dy, dtotal):
 
 def check_eps(op, eps):
     """eps as a float."""
-    least = finite(op, "eps", eps)
-    check(least >= 0, lambda: f"{op}: eps is {eps}, expected a number of at least 0")
-    return least
+    eps = number(op, "eps", eps)
+    check(0 <= eps < math.inf, lambda: f"{op}: eps is {eps}, expected a finite number, at least 0")
+    return eps
 
 
 def _check(op, x, weight, eps, offset, casting, residual=None):
