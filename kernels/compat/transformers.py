@@ -137,7 +137,7 @@ def attention_mask(
             _refuse("a window without causality around a single query")
         return _keys(batch_size, kv_length, q_offset, kv_offset, length, valid, window, device)
     if holes:
-        if both is not None or (window is not None and (isinstance(length, torch.Tensor) or length > window)):
+        if both is not None or (window is not None and window < kv_length):
             _refuse("a padding mask with holes and a window")
         return _gathered(batch_size, q_length, kv_length, length, valid, causal, device)
     return _sequences(batch_size, q_length, kv_length, length, valid, causal or both is not None, traced, device)
@@ -270,7 +270,7 @@ def attention(
 
     cuts = _cuts(query, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     mask = None if cuts or B == 0 else _beside(attention_mask, query)
-    if mask is not None and not _is_ours(mask, B):
+    if mask is not None and not _is_ours(mask, B, S, T):
         _check_mask(mask, (B, Hq, S, T))
         _warn_once("a mask of four axes")
         out, weights = _plain(query, key, value, mask if mask.is_floating_point() else mask != 0, scaling, softcap)
@@ -345,9 +345,14 @@ def _beside(mask, query):
     return mask.to(query.device)
 
 
-def _is_ours(mask, B):
+def _is_ours(mask, B, S, T):
     """Whether `attention_mask` above has made it: it has a row more than the batch."""
-    return isinstance(mask, Packed) or (mask.dim() == 4 and mask.dtype == torch.int32 and mask.shape[:2] == (B + 1, 1))
+    if isinstance(mask, Packed):
+        return True
+    if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[:3] != (B + 1, 1, min(2, S)):
+        return False
+    most = max(S, T)
+    return mask.shape[3] in ((1, 1 + T) if S == 1 else (3, 4, 3 + most, 4 + most))
 
 
 def _check_mask(mask, shape):
