@@ -127,6 +127,16 @@ def test_at_most_one_wait_for_a_mask(family):
         assert waits(ours, ids[:, :1], attention_mask=longer, position_ids=longer.sum(1)[:, None] - 1, past_key_values=cache) == 1
 
 
+def test_a_layer_reads_where_sequences_begin_without_a_copy():
+    causal = transformers.masking_utils.causal_mask_function
+    mask = trillama.attention_mask(3, 13, 13, mask_function=causal, attention_mask=padding("mixed").bool())
+    for moved in (mask, mask.clone()):
+        (queries, keys), orders = trillama._several_queries(moved, 13, 13)
+        assert orders is None
+        assert queries.is_contiguous()
+        assert queries.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr() == moved.untyped_storage().data_ptr()
+
+
 @torch.no_grad()
 def test_holes_where_no_keys_are_yet():
     """A mask as long as a static cache: what it says of keys to come is no hole."""
@@ -276,6 +286,14 @@ def test_compiled_forward_with_and_without_padding(padded):
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         agree(compiled(ids, attention_mask=mask).logits, theirs(ids, attention_mask=mask).logits, mask)
+
+
+@torch.no_grad()
+def test_holes_stop_a_compiled_model():
+    """Whose mask no host looks at: an error, not a wrong number."""
+    _, ours = models("llama")
+    with pytest.raises(RuntimeError, match="a padding mask with holes, in a graph"):
+        torch.compile(ours, fullgraph=True, backend="aot_eager")(tokens(), attention_mask=holes())
 
 
 @torch.no_grad()
@@ -561,6 +579,17 @@ def test_weights_of_one_query_and_of_cuts():
     _, weights = trillama.attention(torch.nn.Module(), q, k, k, None, output_attentions=True, **cuts)
     seen = torch.block_diag(torch.zeros(1, 1), torch.ones(3, 3).tril(), torch.ones(4, 4).tril(), torch.zeros(1, 1))
     assert torch.equal((weights > 0).float(), seen.expand(1, 4, 9, 9))
+
+
+@torch.no_grad()
+def test_weights_and_a_mask_of_the_users_own_compiled():
+    module, causal = torch.nn.Module(), transformers.masking_utils.causal_mask_function
+    q, k = torch.randn(3, 4, 13, 16), torch.randn(3, 2, 13, 16)
+    compiled = torch.compile(trillama.attention, fullgraph=True, backend="aot_eager")
+    ours = trillama.attention_mask(3, 13, 13, mask_function=causal, attention_mask=holes().bool())
+    for mask in (None, ours, next(random_masks(3, 4, 13)).int()):
+        for given, expected in zip(*(f(module, q, k, k, mask, output_attentions=True) for f in (compiled, trillama.attention))):
+            agree(given, expected)
 
 
 def test_weights_are_warned_of_once():

@@ -203,10 +203,10 @@ def _sequences(batch, S, T, length, valid, positions, traced, device):
 
 def _rows(queries, keys, S, T):
     """[B + 1, 1, 2, n] of where sequences begin in each row of S queries and T keys, [B, n]: counted through the batch, and the
-    totals behind."""
+    totals behind. In memory all of the queries' come first: so a layer has them without a copy."""
     row = torch.arange(len(queries) + 1, device=queries.device)[:, None]
     flat = (pad(begins, (0, 0, 0, 1)) + row * size for begins, size in ((queries, S), (keys, T)))
-    return torch.stack([*flat], 1).to(torch.int32)[:, None]
+    return torch.stack([*flat]).to(torch.int32).transpose(0, 1)[:, None]
 
 
 def _gathered(batch, S, T, length, valid, causal, device):
