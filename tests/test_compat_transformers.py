@@ -517,9 +517,10 @@ def test_rows_of_a_mask_that_see_nothing_give_zero():
 
 @pytest.mark.parametrize(
     "mask",
-    [torch.ones(2, 6), torch.ones(3, 1, 6, 6), torch.ones(2, 1, 6, 7, dtype=torch.int32), torch.ones(2, 3, 6, 6), {}, "causal"],
-    ids=str,
-)
+    [torch.ones(2, 6), torch.ones(3, 1, 6, 6), torch.ones(2, 1, 6, 7, dtype=torch.int32), torch.ones(2, 3, 6, 6),
+     torch.ones(3, 1, 2, 6, dtype=torch.int32), torch.ones(3, 1, 1, 6, dtype=torch.int32), {}, "causal"],
+    ids=lambda mask: str(list(mask.shape)) if isinstance(mask, torch.Tensor) else type(mask).__name__,
+)  # fmt: skip
 def test_masks_of_no_use_are_refused(mask):
     x = torch.randn(2, 4, 6, 16)
     what = (
@@ -765,6 +766,10 @@ def test_mask_functions_that_no_kernel_honours_are_refused():
     for function in (chunked, masking.or_masks(masking.causal_mask_function, chunked)):
         with pytest.raises(ValueError, match="no kernel for the mask pattern"):
             trillama.attention_mask(2, 6, 6, mask_function=function)
+    window = masking.sliding_window_causal_mask_function(4)
+    for config, told in ((None, None), (transformers.LlamaConfig(), None), (transformers.MistralConfig(sliding_window=3), 3)):
+        with pytest.raises(ValueError, match=f"a mask with a window of 4, but the layers are told {told}"):
+            trillama.attention_mask(2, 6, 6, mask_function=window, config=config)
 
 
 def test_dropout_is_refused():

@@ -101,9 +101,10 @@ def attention_mask(
     if cache_position is not None:  # 4.57
         q_length, q_offset = cache_position.shape[0], cache_position[0]
     causal, window, both, ids = _read(mask_function)
+    told = getattr(config, "sliding_window", None)
     for size in (window, both):
-        if size is not None and size != getattr(config, "sliding_window", size):
-            _refuse(f"a mask with a window of {size}, but the layers are told {config.sliding_window}")
+        if size is not None and size != told:
+            _refuse(f"a mask with a window of {size}, but the layers are told {told}")
     device = next((t.device for t in (attention_mask, q_offset, ids) if isinstance(t, torch.Tensor)), torch.device(device or "cpu"))
     traced = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     if both is not None and kv_length <= both:
