@@ -43,6 +43,76 @@ def test_activation_checkpointing_alone(expected):
     assert worlds.alone(checkpointing=True, steps=4) == expected[:4]
 
 
+@pytest.mark.parametrize("order", ["patch shard", "shard patch", "patch shard unpatch", "patch shard unpatch patch"])
+def test_patched_before_and_after_fsdp2(order, tmp_path):
+    """Every norm, attention and MLP sharded for itself: FSDP2 derives their classes, of ours or below ours."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from trillama.kernels.compat.transformers import patch, patched, unpatch
+
+    model = unpatch(worlds.tiny())
+    ids = next(worlds.batches([0]))[:2, :9]
+    expected = model(input_ids=ids, labels=ids).loss
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    kinds = [m for m in model.modules() if type(m).__name__ in ("LlamaRMSNorm", "LlamaAttention", "LlamaMLP")]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+
+        def shard(model):
+            for module in (*kinds, model):
+                fully_shard(module, mesh=mesh)
+
+        for step in order.split():
+            {"patch": patch, "unpatch": unpatch, "shard": shard}[step](model)
+        assert sum(patched(model).values()) == (0 if order.endswith("unpatch") else len(kinds) + 1)
+        assert all(isinstance(m, FSDPModule) for m in kinds)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        assert abs(loss.item() - expected.item()) < 1e-5
+        for name, p in model.named_parameters():
+            assert oracle.error(p.grad.full_tensor(), gradients[name].double()) < 1e-4, name
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_trainer_with_sequences_in_one_row(tmp_path):
+    """transformers' own, with what its collators and its loss pass down: the losses are those of eager, packed and padded."""
+    pytest.importorskip("accelerate")
+    import transformers
+
+    def losses(name, flat):
+        torch.manual_seed(0)
+        model = worlds.tiny()
+        model.set_attn_implementation(name)
+        generator = torch.Generator().manual_seed(1)
+        lengths = (5, 9, 3, 12, 7, 8, 4, 6)
+        size = model.config.vocab_size
+        rows = [{"input_ids": torch.randint(3, size, (n,), generator=generator).tolist()} for n in lengths]
+        rows = [{**row, "labels": row["input_ids"]} for row in rows]
+
+        def padded(batch):
+            longest = max(len(row["labels"]) for row in batch)
+            ids, labels = (torch.tensor([r["labels"] + [f] * (longest - len(r["labels"])) for r in batch]) for f in (0, -100))
+            return {"input_ids": ids, "labels": labels, "attention_mask": (labels >= 0).long()}
+
+        collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True) if flat else padded
+        options = dict(
+            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True,
+            save_strategy="no", gradient_accumulation_steps=2, remove_unused_columns=False, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, transformers.TrainingArguments(**options), collator, rows)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    for flat in (True, False):
+        given, expected = losses("trillama", flat), losses("eager", flat)
+        assert len(given) == 4
+        assert np.abs(np.array(given) - expected).max() < 2e-4
+
+
 def test_triton_kernels_train_the_same(triton, device):
     """Loss and gradients through the Triton kernels, forward and backward, under activation checkpointing."""
     ids = next(worlds.batches([0]))[:1, :9].to(device)
