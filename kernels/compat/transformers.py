@@ -36,7 +36,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 
 from .. import attention as kernels
 from ..decode import decode_attention
-from ..dispatch import check, finite, register, steady
+from ..dispatch import check, finite, register, steady, whole
 from ..glu import swiglu
 from ..reference import span, visible, wide
 from ..rmsnorm import rms_norm
@@ -256,6 +256,7 @@ def attention(
         if getattr(config, "sliding_window", None) is not None:
             _refuse(f"{type(module).__name__} does not say whether its window is the config's {config.sliding_window}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else finite(OP, "scaling", scaling)
+    sliding_window = None if sliding_window is None else whole(OP, "sliding_window", sliding_window)
     if _autocast(query):
         lower = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t.to(lower) for t in (query, key, value))
