@@ -196,17 +196,21 @@ def told(case):
 OPS = {"whole": one, "packed": one_packed, "decode": one_decode}
 
 
+def counts(few, many):
+    """Parameters (op, how many configurations): few by default, many among the slow tests, less of them of what is built on `one`."""
+    some = [(op, few) for op in OPS] + [pytest.param(op, many if op == "whole" else many // 4, marks=pytest.mark.slow) for op in OPS]
+    return pytest.mark.parametrize(("op", "count"), some)
+
+
 @pytest.mark.host
-@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("op", OPS)
+@counts(40, 2000)
 def test_the_reference(op, count):
     for seed in range(FIRST, FIRST + count):
         OPS[op](seed, (torch.float32, torch.float16, torch.bfloat16), "reference")
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in")  # what a masked lane computes
-@pytest.mark.parametrize("count", [5, pytest.param(300, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("op", OPS)
+@counts(5, 300)
 def test_the_kernels(op, count):
     if not INTERPRETED:
         pytest.skip("a shape is compiled in seconds: random ones are for the interpreter")
