@@ -1,22 +1,20 @@
 """Random configurations of attention against the formula in float64: reference and kernels, forward and backward.
 
-A configuration is a number; TRILLAMA_SEED says which one comes first, else it is the clock's. A failure names its own."""
+A configuration is a number, TRILLAMA_SEED the first of them, as in test_properties.py. A failure names its own."""
 
 import contextlib
 import functools
 import math
-import os
 import random
-import time
 from itertools import pairwise
 
 import pytest
 import torch
+from test_properties import SEED
 from trillama.bench import oracle, proofs
 from trillama.kernels import decode_attention, flash_attention, flash_attention_varlen, use_backend
 from trillama.kernels.dispatch import INTERPRETED
 
-FIRST = int(os.environ.get("TRILLAMA_SEED", time.time_ns() // 10**6 % 10**9))
 EPS = torch.finfo(torch.float32).eps
 LAYOUTS = ["contiguous", "transposed", "packed", "odd", "columns", "expanded"]
 
@@ -197,15 +195,15 @@ OPS = {"whole": one, "packed": one_packed, "decode": one_decode}
 
 
 def counts(few, many):
-    """Parameters (op, how many configurations): few by default, many among the slow tests, less of them of what is built on `one`."""
-    some = [(op, few) for op in OPS] + [pytest.param(op, many if op == "whole" else many // 4, marks=pytest.mark.slow) for op in OPS]
-    return pytest.mark.parametrize(("op", "count"), some)
+    """Parameters (op, how many configurations): few by default, many among the slow tests."""
+    slow = [pytest.param(op, many if op == "whole" else many // 4, marks=pytest.mark.slow) for op in OPS]
+    return pytest.mark.parametrize(("op", "count"), [(op, few) for op in OPS] + slow)
 
 
 @pytest.mark.host
 @counts(40, 2000)
 def test_the_reference(op, count):
-    for seed in range(FIRST, FIRST + count):
+    for seed in range(SEED, SEED + count):
         OPS[op](seed, (torch.float32, torch.float16, torch.bfloat16), "reference")
 
 
@@ -214,5 +212,5 @@ def test_the_reference(op, count):
 def test_the_kernels(op, count):
     if not INTERPRETED:
         pytest.skip("a shape is compiled in seconds: random ones are for the interpreter")
-    for seed in range(FIRST, FIRST + count):
+    for seed in range(SEED, SEED + count):
         OPS[op](seed, (torch.float32, torch.float16), "triton")
