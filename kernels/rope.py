@@ -27,6 +27,7 @@ from .dispatch import (
     register,
     release_dependents,
     remembered,
+    taped,
     tl,
     uses_triton,
     written,
@@ -238,13 +239,14 @@ def _rope_append_(
     return _placed(rotated, q)
 
 
+@remembered
 def append_(op, k, v, k_cache, v_cache, positions, block_table):
     """What `rope_append_` does with k and v, but that k is not turned; of arguments that fit, within the op of that name."""
     if uses_triton(k):
         written(k_cache, v_cache)
         _rotate(None, k, None, None, positions, False, False, v, (k_cache, v_cache), block_table)
     else:
-        reference.append_(op, k, v, k_cache, v_cache, positions, block_table)
+        taped(reference.append_, op, k, v, k_cache, v_cache, positions, block_table)
 
 
 def _save(ctx, inputs, output):

@@ -181,6 +181,15 @@ def _append(q, k, v, k_cache, v_cache, cos, sin, before, table, interleaved, sam
     return apply_rope(q, q, cos, sin, positions=at.contiguous(), interleaved=interleaved)[0]
 
 
+def _everywhere(length, q):
+    return torch.full((len(q),), length, dtype=torch.int32, device=q.device)
+
+
+def _outside(table, pages):
+    low, high = table.aminmax()
+    return low.item() < 0 or high.item() >= pages
+
+
 def _check_values(k_cache, new, before, table, leftpad):
     """What the host can see of the values is within the cache."""
     op, (pages, _, page, _) = "flash_attn_with_kvcache", k_cache.shape
@@ -188,14 +197,13 @@ def _check_values(k_cache, new, before, table, leftpad):
     low, high = (n.item() for n in before.aminmax())
     fits = low >= 0 and high + new <= capacity
     check(fits, lambda: f"{op}: cache_seqlens is {low} to {high}, expected 0 to {capacity - new}: {new} new tokens in {capacity}")
-    lengths = (before + new)[:, None]
-    if table is not None:
-        needed = table[torch.arange(table.shape[1]) * page < lengths]
-        if needed.numel() and (needed.min() < 0 or needed.max() >= pages):
+    if table is not None and table.numel() and _outside(table, pages):  # most tables are sound to their ends
+        needed = table[torch.arange(table.shape[1]) * page < (before + new)[:, None]]
+        if needed.numel() and _outside(needed, pages):
             found = f"the rows or pages of the cache that are needed are {reference.reach(needed)}, expected 0 to {pages - 1}"
             raise IndexError(f"{op}: {found}")
     if leftpad is not None:
-        fits = bool(((leftpad >= 0) & (leftpad <= lengths[:, 0])).all())
+        fits = bool(((leftpad >= 0) & (leftpad <= before + new)).all())
         check(fits, lambda: f"{op}: cache_leftpad is {reference.reach(leftpad)}, expected from 0 to the length of the row")
 
 
@@ -247,6 +255,7 @@ _with_kvcache_op = register(
 )  # fmt: skip
 
 
+@remembered
 def flash_attn_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
     cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
@@ -297,7 +306,7 @@ def flash_attn_with_kvcache(
         if x is not None:
             _check_integers(op, name, x, q, "[B, n]" if x is block_table else "[B]")
     if cache_batch_idx is not None:  # the rows of the cache are pages as long as the cache
-        block_table = cache_batch_idx[:, None]
+        block_table = taped(torch.unsqueeze, cache_batch_idx, 1)
     check(block_table is not None or rows == B, lambda: f"{op}: k_cache has {rows} rows, expected {B} as q, or cache_batch_idx")
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if cache_seqlens is None:
@@ -309,16 +318,17 @@ def flash_attn_with_kvcache(
             0 <= cache_seqlens <= capacity - new,
             lambda: f"{op}: cache_seqlens is {cache_seqlens}, expected at most {capacity - new}: {new} new tokens in {capacity}",
         )
-        cache_seqlens = torch.full((B,), cache_seqlens, dtype=torch.int32, device=q.device)
+        cache_seqlens = taped(_everywhere, cache_seqlens, q)
     elif not cache_seqlens.dim():
-        cache_seqlens = cache_seqlens.to(q.device).expand(B)
+        cache_seqlens = taped(torch.Tensor.expand, cache_seqlens, B)
     _check_integers(op, "cache_seqlens", cache_seqlens, q, "[B]")
     scale, (left, right), softcap = _scale(op, softmax_scale, D), _span(op, causal, window_size), _cap(op, softcap)
     num_splits = whole(op, "num_splits", num_splits)
     check(num_splits >= 0, lambda: f"{op}: num_splits is {num_splits}, expected at least 0")
     if rotary_cos is not None:
-        rotary_cos, rotary_sin = rotary_cos.float(), rotary_sin.float()
-    q, k_cache, v_cache, k, v = (None if t is None else t.transpose(1, 2) for t in (q, k_cache, v_cache, k, v))
+        rotary_cos, rotary_sin = taped(torch.Tensor.float, rotary_cos), taped(torch.Tensor.float, rotary_sin)
+    tensors = q, k_cache, v_cache, k, v
+    q, k_cache, v_cache, k, v = (None if t is None else taped(torch.Tensor.transpose, t, 1, 2) for t in tensors)
     out, lse = call(
         _with_kvcache_op, _with_kvcache, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, block_table,
         cache_leftpad, scale, left, right, softcap, bool(rotary_interleaved), num_splits or None, bool(return_softmax_lse),
