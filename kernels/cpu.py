@@ -535,12 +535,15 @@ def _stand(form, pairs, new):
 
 
 def _empty(form, N, K):
+    def empty(columns, dtype):
+        return torch.empty((N, columns), dtype=dtype, device="cpu")
+
     if form == UPPER:
-        return torch.empty((N, K), dtype=torch.bfloat16)
-    scale = torch.empty((N, K // GROUP))
+        return empty(K, torch.bfloat16)
+    scale = empty(K // GROUP, torch.float32)
     if form == EIGHT:
-        return QuantizedWeight(torch.empty((N, K), dtype=torch.int8), scale)
-    return QuantizedWeight(torch.empty((N, K // 2), dtype=torch.uint8), scale, torch.empty_like(scale))
+        return QuantizedWeight(empty(K, torch.int8), scale)
+    return QuantizedWeight(empty(K // 2, torch.uint8), scale, torch.empty_like(scale))
 
 
 def _memory():
@@ -736,7 +739,7 @@ def decode_layers(x, blocks, rope, positions, cache):
     heads, kv_heads, _ = attention.heads
     x, (cos, _) = x.clone(memory_format=torch.contiguous_format), rope[attention.rotary]
     widths = attention.qkv_proj.out_features, attention.o_proj.in_features, attention.o_proj.in_features, mlp.down_proj.in_features
-    buffers = [torch.empty(B * S * width, dtype=dtype) for width in widths]
+    buffers = [torch.empty(B * S * width, dtype=dtype, device=x.device) for width in widths]
     inside = _run(
         _layers, plan.kinds, x.data_ptr(), tuple(b.data_ptr() for b in buffers), plan.table, positions_at, lengths,
         (B, S, N, heads, kv_heads, attention.head_dim, mlp.down_proj.in_features, cache.max_length), tuple(cos.shape), plan.group,
@@ -773,7 +776,7 @@ def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=N
         norm_at, residual_at = _address(norm, x.dtype), _address(residual, x.dtype)
     except _Misfit:
         return reference.decode_linear(x, weight, norm=norm, eps=eps, residual=residual, activation=activation, bias=bias)
-    out = torch.empty((*x.shape[:-1], N if activation is None else N // 2), dtype=x.dtype)
+    out = torch.empty((*x.shape[:-1], N if activation is None else N // 2), dtype=x.dtype, device=x.device)
     _run(
         _product_at, (_KIND[x.dtype], _KIND[kind], _KIND[scale]), x.data_ptr(), norm_at, eps, addresses, residual_at,
         out.data_ptr(), M, N, K, group, activation is not None,

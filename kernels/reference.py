@@ -126,7 +126,7 @@ def append_(op, k, v, k_cache, v_cache, positions, block_table=None):
             k_cache.index_copy_(2, slot[0], k)
             v_cache.index_copy_(2, slot[0], v)
             return
-        page = torch.arange(k.shape[0])[:, None]
+        page = torch.arange(k.shape[0], device=k.device)[:, None]
         if block_table is not None:
             page, slot = block_table.long().gather(1, slot // k_cache.shape[2]), slot % k_cache.shape[2]
             if page.numel() and page.min().item() < 0:

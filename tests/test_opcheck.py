@@ -120,7 +120,7 @@ def cuts(q, key):
 
 def attention(q, key, v, *, packed=False, scale=0.25, softcap=None, left=None, right=0, need_lse=True):
     starts = cuts(q, key) if packed else (None, None)
-    return q, key, v, *starts, q.shape[2], key.shape[2], scale, softcap, left, right, need_lse
+    return q, key, v, *starts, scale, softcap, left, right, need_lse
 
 
 def backward(q, key, v, *, dlse=False, need=(True, True), **options):
@@ -218,18 +218,18 @@ DECODE = {
 # --- the adapters ----------------------------------------------------------------------------------------------------
 
 
-def with_kvcache(m, append=False, rotary=False, table=None, left=None, right=0, softcap=None, need_lse=False):
+def with_kvcache(m, append=False, rotary=False, table=None, leftpad=None, left=None, right=0, softcap=None, need_lse=False):
     cache = (7, 4, 2, 16) if table is not None else (2, 12, 2, 16)
     q, k_cache, v_cache = (m(*shape, grad=False).transpose(1, 2) for shape in ((2, 2, 4, 16), cache, cache))
     new = [m(2, 2, 2, 16, grad=False).transpose(1, 2) for _ in range(2)] if append else [None, None]
     tables = m.tables(8) if rotary else (None, None)
-    return q, k_cache, v_cache, *new, *tables, LENGTHS - 3, table, 0.25, left, right, softcap, False, None, need_lse
+    return q, k_cache, v_cache, *new, *tables, LENGTHS - 3, table, leftpad, 0.25, left, right, softcap, False, None, need_lse
 
 
 def packed(m, grad=True, left=None, softcap=None):
     q, key, v = qkv(m, B=1, S=9, grad=grad)
     starts = torch.tensor([0, 4, 9, 9, 9], dtype=torch.int32)
-    return q, key, v, starts, torch.tensor(2, dtype=torch.int32), 9, left, 0, 0.25, softcap
+    return q, key, v, starts, torch.tensor(2, dtype=torch.int32), left, 0, 0.25, softcap
 
 
 def packed_backward(m):
@@ -242,6 +242,7 @@ ADAPTERS = {
     "flash_attn_with_kvcache": (with_kvcache,),
     "flash_attn_with_kvcache append": (lambda m: with_kvcache(m, True, True, softcap=3.0),),
     "flash_attn_with_kvcache paged": (lambda m: with_kvcache(m, True, table=PAGES, left=2, need_lse=True),),
+    "flash_attn_with_kvcache left-padded": (lambda m: with_kvcache(m, True, leftpad=torch.tensor([1, 0], dtype=torch.int32)),),
     "flash_attn_with_kvcache both sides": (lambda m: with_kvcache(m, left=2, right=1, need_lse=True),),
     "packed_attention": (lambda m: (*packed(m), True),),
     "packed_attention window": (lambda m: (*packed(m, True, 2, 3.0), True),),

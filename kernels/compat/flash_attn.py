@@ -198,7 +198,7 @@ def _check_values(k_cache, new, before, table, leftpad):
     fits = low >= 0 and high + new <= capacity
     check(fits, lambda: f"{op}: cache_seqlens is {low} to {high}, expected 0 to {capacity - new}: {new} new tokens in {capacity}")
     if table is not None and table.numel() and _outside(table, pages):  # most tables are sound to their ends
-        needed = table[torch.arange(table.shape[1]) * page < (before + new)[:, None]]
+        needed = table[torch.arange(table.shape[1], device=table.device) * page < (before + new)[:, None]]
         if needed.numel() and _outside(needed, pages):
             found = f"the rows or pages of the cache that are needed are {reference.reach(needed)}, expected 0 to {pages - 1}"
             raise IndexError(f"{op}: {found}")
