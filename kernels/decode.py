@@ -107,7 +107,7 @@ def _decode_kernel(
     split, program = tl.program_id(0) % slots, tl.program_id(0) // slots
     tiles = tl.cdiv(GROUP * S, BLOCK_M)
     tile, head = program % tiles, program // tiles % heads
-    batch, program = (program // tiles // heads).to(tl.int64), program.to(tl.int64)
+    batch = (program // tiles // heads).to(tl.int64)
 
     # The keys first .. length - 1 are visible to some query; they are cut into splits of equal length.
     length = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch * length_stride), 0), capacity).to(tl.int32)
@@ -164,7 +164,8 @@ def _decode_kernel(
 
     o_flat = row[:, None] * D + col[None, :]
     mask = (row < rows)[:, None] & (col < D)[None, :]
-    out_ptr += ((batch * heads + head) * GROUP * S + tile * BLOCK_M) * D
+    program = (tl.program_id(0) // slots).to(tl.int64)
+    out_ptr += (program // tiles * (GROUP * S) + tile * BLOCK_M) * D
     if splits <= 1:
         tl.store(out_ptr + o_flat, (o / tl.where(l == 0.0, 1.0, l)[:, None]).to(out_ptr.dtype.element_ty), mask)
     if partial_ptr is not None:  # noqa: SIM102 - the outer condition is settled at compile time
