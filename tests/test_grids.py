@@ -48,7 +48,7 @@ def attend(B, H, S):
     q = empty(B, H, S, 64)
     k.flash_attention(q, q, q)
     lse = empty(B, H, S, dtype=torch.float32)
-    attention._attention_backward(q, None, q, q, q, q, lse, None, None, S, S, 1.0, None, None, 0, True, True)
+    attention._attention_backward(q, None, q, q, q, q, lse, None, None, 1.0, None, None, 0, True, True)
 
 
 def attend_packed(sequences, H, longest):
