@@ -734,7 +734,7 @@ def _check(op, q, k, v, softcap, window, axes):
     check(Hk > 0 and Hq % Hk == 0, lambda: f"{op}: q has {Hq} heads, expected a multiple of k's {Hk}")
     softcap = None if softcap is None else finite(op, "softcap", softcap)
     check(softcap is None or softcap > 0, lambda: f"{op}: softcap is {softcap}, expected a positive number or None")
-    window = None if window is None else whole(op, "window", window)
+    window = None if window is None else whole(op, "window", window, "a positive integer or None")
     check(window is None or window > 0, lambda: f"{op}: window is {window}, expected a positive integer or None")
     return softcap, window
 

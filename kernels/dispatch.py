@@ -857,14 +857,15 @@ def finite(op, name, x):
     return x
 
 
-def whole(op, name, x):
+def whole(op, name, x, expected="an integer"):
     """x as an int: an integer of Python or numpy, or an integer tensor of one element."""
     if type(x) is int or isinstance(x, torch.SymInt):
         return x
     try:
         return operator.index(x)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{op}: {name} is {_described(x)}, expected an integer") from None
+        kind = ValueError if isinstance(x, float) else TypeError
+        raise kind(f"{op}: {name} is {_described(x)}, expected {expected}") from None
 
 
 def _described(x):

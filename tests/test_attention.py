@@ -265,8 +265,8 @@ def test_a_number_is_a_number():
         ("scale", math.nan, "scale is nan, expected a finite number"),
         ("scale", -math.inf, "scale is -inf, expected a finite number"),
         ("softcap", math.nan, "softcap is nan, expected a finite number"),
-        ("window", torch.tensor(1.5), r"window is a torch.float32 tensor of shape \(\), expected an integer"),
-        ("window", 2.0, "window is 2.0, expected an integer"),
+        ("window", torch.tensor(1.5), r"window is a torch.float32 tensor of shape \(\), expected a positive integer or None"),
+        ("window", 2.0, "window is 2.0, expected a positive integer or None"),
     ],
 )
 def test_numbers_that_are_none(name, value, message):
