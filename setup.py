@@ -13,7 +13,7 @@ PEERS = ["liger-kernel>=0.8; platform_system == 'Linux'"]
 PLOT = ["matplotlib>=3.7"]
 META = ["sentencepiece>=0.2"]
 TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "ruff>=0.8", "tiktoken>=0.7"]
-TEST += [TRANSFORMERS, *PLOT, *META]
+TEST += [TRANSFORMERS, "accelerate>=1.0", *PLOT, *META]
 
 setup(
     name="trillama",
