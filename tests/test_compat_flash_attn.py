@@ -282,17 +282,6 @@ def test_kvcache_compiles_without_a_graph_break(device):
     assert counter.frame_count == 1
 
 
-@pytest.mark.host
-def test_kvcache_is_a_sound_op():
-    caches = torch.zeros(2, 2, 2, 12, 16)
-    arguments = (
-        torch.randn(2, 4, 1, 16), *caches, torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16), torch.randn(12, 4),
-        torch.randn(12, 4), torch.tensor([3, 7]).int(), None, None, 0.25, None, 0, None, False, None, False,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.trillama.flash_attn_with_kvcache.default, arguments)
-    torch.library.opcheck(torch.ops.trillama.flash_attn_with_kvcache.default, (*arguments[:-1], True))
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

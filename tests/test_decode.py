@@ -189,15 +189,12 @@ def test_a_page_that_is_not_there(triton, monkeypatch, poisoned, device, dtype, 
 
 
 @pytest.mark.host
-def test_torch_compile_and_opcheck():
-    from trillama.kernels.decode import _op
-
+def test_torch_compile():
     q, k = torch.randn(2, 6, 1, 32), torch.randn(2, 2, 50, 32)
     lengths = torch.tensor([50, 7], dtype=torch.int32)
     with use_backend("reference"):
         compiled = torch.compile(lambda *a: decode_attention(*a, window=9) * 2, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(q, k, k, lengths), decode_attention(q, k, k, lengths, window=9) * 2)
-        torch.library.opcheck(_op, (q, k, k, lengths, 0.2, 9, None, None, None))
 
 
 @pytest.mark.parametrize(

@@ -183,18 +183,14 @@ def test_quantize_errors(change, message):
 
 
 @pytest.mark.host
-def test_torch_compile_and_opcheck():
-    from trillama.kernels.linear import _op
-
+def test_torch_compile():
     x, weight, options = arguments((2, 1), 64, 32, torch.float32, norm=True, activation="swiglu")
     with use_backend("reference"):
         compiled = torch.compile(lambda a, w: decode_linear(a, w, **options) * 2, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x, weight), decode_linear(x, weight, **options) * 2)
-        torch.library.opcheck(_op, (x, weight, None, None, options["norm"], 1e-5, None, "swiglu", None))
         small = quantize(weight, 4)
         compiled = torch.compile(lambda a: decode_linear(a, small, **options), fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), decode_linear(x, small, **options))
-        torch.library.opcheck(_op, (x, small.data, small.scale, small.minimum, options["norm"], 1e-5, None, "swiglu", None))
 
 
 @pytest.mark.host
