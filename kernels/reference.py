@@ -221,7 +221,7 @@ def attention(q, k, v, scale, left, right, softcap, need_lse):
     if scale < 0:  # scaled_dot_product_attention masks with -inf before it scales
         q, scale = -q, -scale
     limited = left is not None or (right is not None and right < S - 1)
-    causal = left is None and right == 0 and S == T
+    causal = bool(left is None and right == 0 and S == T)
     if need_lse or softcap is not None or scale == 0 or S > T or 0 in (*q.shape, *k.shape):
         positions = torch.arange(T - S, T, device=q.device)
         rows = max(1, 2**24 // max(1, q.shape[0] * q.shape[1] * T))  # at most 64 MiB of float32 scores at a time
