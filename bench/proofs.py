@@ -696,7 +696,7 @@ APPLY_ROPE = {
         f"{_mark(D == 128 and not interleaved, D in (64, 100, 256))}{R} of {D}{', interleaved' * interleaved}": dict(
             B=2, HQ=4, HK=2, D=D, R=R, kind="packed", k_kind="contiguous", interleaved=interleaved
         )
-        for D, R in ((64, 32), (128, 96), (80, 20), (100, 2), (256, 64))
+        for D, R in ((64, 32), (128, 96), (80, 20), (100, 2), (256, 64), (41, 40))
         for interleaved in ((False, True) if D == 128 else (False,))
     },
     **{
@@ -725,7 +725,7 @@ ROPE_APPEND = {
     )
     for HQ, HK, D, R, interleaved in (
         (9, 3, 64, 64, False), (3, 1, 96, 72, False), (4, 4, 80, 20, True), (8, 2, 128, 128, False), (2, 1, 256, 256, True),
-        (5, 1, 16, 16, False), (1, 1, 100, 50, False), (4, 2, 48, 48, True),
+        (5, 1, 16, 16, False), (1, 1, 100, 50, False), (4, 2, 48, 48, True), (2, 2, 41, 32, False),
     )
     for page in ((None, 1, 24) if HQ in (9, 8) else (24,) if HQ == 4 else (None,))
 }  # fmt: skip

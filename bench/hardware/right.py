@@ -239,6 +239,10 @@ def decode(dtype, head_dim, small=False):
             "decode_attention", f"{head_dim} wide, {Hq} to {Hk} heads, {S} new, {T} keys", dtype,
             lambda arguments=arguments: proofs.decode_attention("cuda", DTYPES[dtype], **arguments),
         )  # fmt: skip
+    if head_dim == 64 and not small:  # more than the second and third axes of a grid take
+        many = {"B": 70000, "Hq": 1, "Hk": 1, "T": 3, "D": 16, "lengths": (3,) * 70000}
+        prove = lambda: proofs.decode_attention("cuda", DTYPES[dtype], **many)  # noqa: E731
+        yield from verdict("decode_attention", "70000 sequences", dtype, prove)
 
 
 def linear(dtype, some, small=False):
