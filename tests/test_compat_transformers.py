@@ -772,6 +772,19 @@ def test_mask_functions_that_no_kernel_honours_are_refused():
             trillama.attention_mask(2, 6, 6, mask_function=window, config=config)
 
 
+@pytest.mark.parametrize("masks", [{}, {"attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}], ids=["no mask", "padding"])
+def test_a_model_that_computes_with_the_mask_is_refused(masks):
+    """Doge makes its own of transformers': of None, which means causal here, one that hides no later key."""
+    if not hasattr(transformers, "DogeConfig") or transformers.__version__.startswith("4."):
+        pytest.skip("this transformers does not say that a mask has to be there")
+    config = transformers.DogeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        attn_implementation="trillama",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"attention 'trillama': a model that computes with the mask itself; use attn_impl"):
+        transformers.DogeForCausalLM(config)(torch.tensor([[1, 2, 3, 4, 5]]), **masks)
+
+
 def test_dropout_is_refused():
     _, ours = models("llama", attention_dropout=0.1)
     with pytest.raises(ValueError, match=r"dropout of 0.1 on the attention weights"):
