@@ -278,10 +278,10 @@ def flash_attn_with_kvcache(
     Causal with any S, and S = 1, run on `decode_attention`; the rest (several queries without causality, windows to the right,
     softmax_lse, cache_leftpad) on the kernel for packed sequences, for which pages are gathered first.
 
-    On CPU tensors an append beyond the capacity, or a length outside 0 and the capacity, is a ValueError; a row or page that is needed
-    and not in the cache, or a position that is needed and not in the tables, an IndexError; and nothing is written. On a GPU the host
-    cannot know without a wait: there, on any backend, nothing is written outside the cache, a length counts as the nearest possible
-    one, and what needs a page that is not there is NaN.
+    On CPU tensors an append beyond the capacity, or a length outside 0 and the capacity, is a ValueError; a row or page that is
+    needed and not in the cache, or a position that is needed and not in the tables, an IndexError; and nothing is written. On a GPU
+    the host cannot know without a wait: there, on any backend, nothing is written outside the cache, a length counts as the nearest
+    possible one, and what needs a page that is not there is NaN.
     """
     op = "flash_attn_with_kvcache"
     _unsupported(op, alibi_slopes=alibi_slopes)
