@@ -721,9 +721,6 @@ def _gradients(ctx, dout, dlse):
 
 
 def _check(op, q, k, v, softcap, window, axes):
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t is None:
-            raise TypeError(f"{op}: {name} is None, expected a tensor")
     check_same(op, q=q, k=k, v=v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check(t.dim() == len(axes), lambda: f"{op}: {name} has shape {tuple(t.shape)}, expected [{', '.join(axes)}]")  # noqa: B023

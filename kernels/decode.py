@@ -266,7 +266,7 @@ def _check(q, k_cache, v_cache, lengths, window, softcap, block_table, splits):
         v_cache.shape == k_cache.shape,
         lambda: f"{op}: v_cache has shape {tuple(v_cache.shape)}, expected {tuple(k_cache.shape)} as k_cache",
     )
-    check(width == D <= 256, lambda: f"{op}: k_cache has head size {width} and q {D}, expected one head size up to 256")
+    check(1 <= width == D <= 256, lambda: f"{op}: k_cache has head size {width} and q {D}, expected one head size from 1 to 256")
     check(Hk > 0 and Hq % Hk == 0, lambda: f"{op}: q has {Hq} heads, expected a multiple of the {Hk} of k_cache")
     _check_integers(op, "lengths", lengths, q, "[B]")
     if block_table is not None:

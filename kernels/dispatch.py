@@ -879,9 +879,10 @@ def host_sees(*tensors):
     return all(t is None or (t.device.type == "cpu" and type(t) in _PLAIN) for t in tensors) and not torch.compiler.is_compiling()
 
 
-def check_same(op, same_dtype=True, **tensors):
-    """All given tensors (None is skipped) are floating-point and share device and, unless told otherwise, dtype with the first."""
-    (name, x), *others = ((n, t) for n, t in tensors.items() if t is not None)
+def check_same(op, same_dtype=True, optional=(), **tensors):
+    """All tensors (None is skipped where it is optional) are floating-point and share device and, unless told otherwise, dtype with
+    the first."""
+    (name, x), *others = ((n, t) for n, t in tensors.items() if t is not None or n not in optional)
     for n, t in ((name, x), *others):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{op}: {n} is {type(t).__name__}, expected a tensor")

@@ -134,7 +134,6 @@ def swiglu(gate, up):
     and changes nothing. Raises ValueError or TypeError for arguments that do not fit. Source: arXiv:2002.05202.
     """
     gate, up = promoted(gate, up)
-    check(isinstance(up, torch.Tensor), lambda: f"swiglu: up is {type(up).__name__}, expected a tensor")
     check_same("swiglu", gate=gate, up=up)
     check(up.shape == gate.shape, lambda: f"swiglu: up has shape {tuple(up.shape)}, expected {tuple(gate.shape)} as gate")
     check(gate.dim() > 0, lambda: "swiglu: gate is a scalar, expected at least one axis")

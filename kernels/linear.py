@@ -284,11 +284,11 @@ def _check(x, weight, norm, eps, residual, activation, bias):
     """eps as a float."""
     op = "decode_linear"
     if isinstance(weight, QuantizedWeight):
-        check_same(op, x=x, residual=residual, bias=bias)
+        check_same(op, optional=("residual", "bias"), x=x, residual=residual, bias=bias)
         check(weight.device == x.device, lambda: f"{op}: weight is on {weight.device}, expected {x.device} as x")
     else:
-        check_same(op, x=x, weight=weight, residual=residual, bias=bias)
-    check_same(op, same_dtype=False, x=x, norm=norm)
+        check_same(op, optional=("residual", "bias"), x=x, weight=weight, residual=residual, bias=bias)
+    check_same(op, same_dtype=False, optional=("norm",), x=x, norm=norm)
     check(activation in ACTIVATIONS, lambda: f"{op}: activation is {activation!r}, expected None or 'swiglu'")
     check(x.dim() > 0, lambda: f"{op}: x is a scalar, expected at least one axis")
     check(len(weight.shape) == 2, lambda: f"{op}: weight has shape {tuple(weight.shape)}, expected two axes")

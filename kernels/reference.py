@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from .dispatch import steady
 from .frequencies import rope_tables
@@ -213,6 +214,11 @@ def attend(q, k, v, mask, scale, softcap):
     return out.reshape(B, Hq, S, v.shape[-1]).to(q.dtype), lse.reshape(B, Hq, S)
 
 
+def _has_tangents():
+    """Whether forward-mode derivatives may be asked for, of which torch's fused attention has none."""
+    return forward_ad._current_level >= 0
+
+
 @steady
 def attention(q, k, v, scale, left, right, softcap, need_lse):
     """(out, lse or None) for a span as `span` gives it, aligned bottom-right: the last query meets the last key."""
@@ -222,7 +228,7 @@ def attention(q, k, v, scale, left, right, softcap, need_lse):
         q, scale = -q, -scale
     limited = left is not None or (right is not None and right < S - 1)
     causal = bool(left is None and right == 0 and S == T)
-    if need_lse or softcap is not None or scale == 0 or S > T or 0 in (*q.shape, *k.shape):
+    if need_lse or softcap is not None or scale == 0 or S > T or 0 in (*q.shape, *k.shape) or _has_tangents():
         positions = torch.arange(T - S, T, device=q.device)
         rows = max(1, 2**24 // max(1, q.shape[0] * q.shape[1] * T))  # at most 64 MiB of float32 scores at a time
         parts = [
@@ -338,7 +344,7 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
         k_cache, v_cache = (joined("decode_attention", c, table) for c in (k_cache, v_cache))
     begin = 0 if window is None else max(0, end - S - window + 1)
     k, v = k_cache[:, :, begin:end], v_cache[:, :, begin:end]
-    if S != 1 or softcap is not None or 0 in (*q.shape, *k.shape):
+    if S != 1 or softcap is not None or 0 in (*q.shape, *k.shape) or _has_tangents():
         return attention(q, k, v, scale, *span(True, window), softcap, False)[0]
     # The query heads of a group are the rows of one product, so the cache is read once and never expanded.
     packed = q.reshape(B, k.shape[1], -1, D)

@@ -310,9 +310,9 @@ def check_eps(op, eps):
     return eps
 
 
-def _check(op, x, weight, eps, offset, casting, residual=None):
+def _check(op, x, weight, eps, offset, casting, **residual):
     """(eps, offset) as floats."""
-    check_same(op, x=x, residual=residual)
+    check_same(op, x=x, **residual)
     check(x.dim() > 0, lambda: f"{op}: x is a scalar, expected at least one axis")
     check(casting in CASTINGS, lambda: f"{op}: casting is {casting!r}, expected one of {', '.join(CASTINGS)}")
     if weight is not None:
@@ -321,11 +321,8 @@ def _check(op, x, weight, eps, offset, casting, residual=None):
             weight.shape == x.shape[-1:],
             lambda: f"{op}: weight has shape {tuple(weight.shape)}, expected {tuple(x.shape[-1:])} as the last axis of x",
         )
-    if residual is not None:
-        check(
-            residual.shape == x.shape,
-            lambda: f"{op}: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)} as x",
-        )
+    for t in residual.values():
+        check(t.shape == x.shape, lambda: f"{op}: residual has shape {tuple(t.shape)}, expected {tuple(x.shape)} as x")  # noqa: B023
     return check_eps(op, eps), finite(op, "offset", offset)
 
 
@@ -352,5 +349,5 @@ def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, casting="llama"):
     operations would. Everything else as in `rms_norm`.
     """
     x, residual = promoted(x, residual)
-    eps, offset = _check("add_rms_norm", x, weight, eps, offset, casting, residual)
+    eps, offset = _check("add_rms_norm", x, weight, eps, offset, casting, residual=residual)
     return call(_add_rms_norm_op, _add_rms_norm, x, residual, weight, eps, offset, casting)

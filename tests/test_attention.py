@@ -191,7 +191,7 @@ def test_compiles_without_a_break_and_for_any_length():
         ({"k": torch.zeros(1, 2, 5, 8).half()}, "flash_attention: k is torch.float16, expected torch.float32 as q"),
         ({"k": torch.zeros(1, 2, 5, 8, device="meta")}, "flash_attention: k is on meta, expected cpu as q"),
         ({"q": torch.zeros(1, 4, 5, 8).int()}, "flash_attention: q is torch.int32, expected a floating-point dtype"),
-        ({"q": None}, "flash_attention: q is None, expected a tensor"),
+        ({"q": None}, "flash_attention: q is NoneType, expected a tensor"),
         ({"window": 0}, "flash_attention: window is 0, expected a positive integer or None"),
         ({"softcap": -1.0}, "flash_attention: softcap is -1.0, expected a positive number or None"),
         ({k: torch.zeros(1, 2, 5, 257) for k in "qkv"}, "flash_attention: q has head size 257, expected 1 to 256"),

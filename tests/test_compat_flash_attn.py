@@ -319,3 +319,20 @@ def test_errors_name_the_argument(call, message):
     with use_backend("reference"), pytest.raises((ValueError, TypeError), match=message) as caught:
         call(torch.randn(2, 3, 4, 16))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "new", "options"), [(3, 1, {"causal": True}), (3, 1, {"window_size": (2, 2)}), (2, 2, {}), (1, 3, {})]
+)
+def test_tables_that_are_too_short_leave_the_cache_alone(triton, tokens, new, options):
+    q, kv, cache = torch.randn(1, tokens, 2, 16), torch.randn(1, new, 2, 16), torch.zeros(1, 20, 2, 16)
+    for rows in (5 + max(tokens, new), 5 + max(tokens, new) - 1):
+        caches, tables = (cache.clone(), cache.clone()), {"rotary_cos": torch.randn(rows, 8), "rotary_sin": torch.randn(rows, 8)}
+        arguments = dict(k=kv, v=kv, cache_seqlens=torch.tensor([5], dtype=torch.int32), **tables, **options)
+        if rows < 5 + max(tokens, new):
+            with pytest.raises(IndexError, match=r"flash_attn_with_kvcache: positions are 5 to \d, expected 0 to \d, the rows of"):
+                flash_attn_with_kvcache(q, *caches, **arguments)
+            assert not caches[0].any()
+            assert not caches[1].any()
+        else:
+            assert flash_attn_with_kvcache(q, *caches, **arguments).isfinite().all()

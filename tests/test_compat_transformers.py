@@ -2,6 +2,7 @@
 packing, training, compile; and the masks that are refused. Runs with transformers 4.57 and 5."""
 
 import copy
+import inspect
 import warnings
 
 import numpy as np
@@ -770,6 +771,19 @@ def test_mask_functions_that_no_kernel_honours_are_refused():
     for config, told in ((None, None), (transformers.LlamaConfig(), None), (transformers.MistralConfig(sliding_window=3), 3)):
         with pytest.raises(ValueError, match=f"a mask with a window of 4, but the layers are told {told}"):
             trillama.attention_mask(2, 6, 6, mask_function=window, config=config)
+
+
+@pytest.mark.parametrize("masks", [{}, {"attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}], ids=["no mask", "padding"])
+def test_a_model_that_computes_with_the_mask_is_refused(masks):
+    """Doge makes its own of transformers': of None, which means causal here, one that hides no later key."""
+    if "allow_is_causal_skip" not in inspect.getsource(inspect.getmodule(transformers.DogeModel)):
+        pytest.skip("this transformers does not say that a mask has to be there")
+    config = transformers.DogeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        attn_implementation="trillama",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"attention 'trillama': a model that computes with the mask itself; use attn_impl"):
+        transformers.DogeForCausalLM(config)(torch.tensor([[1, 2, 3, 4, 5]]), **masks)
 
 
 def test_dropout_is_refused():

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from families import agree, models, tokens, transformers, trillama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
@@ -97,10 +98,42 @@ def test_a_forward_of_the_instance_is_left_with_a_warning():
     theirs, _ = models("llama")
     norm = theirs.model.norm
     norm.forward = own = lambda x: x * 2
-    with pytest.warns(UserWarning, match="patch: left as they are, with a forward set on the instance: 1 LlamaRMSNorm"):
+    with pytest.warns(UserWarning, match="patch: left as they are, with a forward of their own: 1 LlamaRMSNorm"):
         trillama.patch(theirs)
     assert norm.forward is own
     assert trillama.patched(theirs) == {**OURS, "LlamaRMSNorm": 4}
+
+
+@torch.no_grad()
+def test_a_forward_of_a_derived_class_is_left_with_a_warning():
+    """A user's own model with transformers' modules for its base: what it computes is what it says."""
+
+    class Doubled(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) * 2
+
+    class Relu(LlamaMLP):
+        def forward(self, x):
+            return self.down_proj(torch.relu(self.gate_proj(x)))
+
+    class Halved(LlamaAttention):
+        def forward(self, *arguments, **named):
+            out, *rest = super().forward(*arguments, **named)
+            return out / 2, *rest
+
+    class Named(LlamaMLP):
+        """Has transformers' forward."""
+
+    _, model = models("llama")
+    first, second = model.model.layers
+    first.input_layernorm.__class__, first.mlp.__class__, first.self_attn.__class__ = Doubled, Relu, Halved
+    second.mlp.__class__ = Named
+    ids = tokens()
+    before = model(ids).logits
+    with pytest.warns(UserWarning, match="with a forward of their own: 1 Halved, 1 Relu, 1 Doubled$"):
+        trillama.patch(model)
+    assert trillama.patched(model) == {"LlamaRMSNorm": 4, "LlamaAttention": 1, "Named": 1, "LlamaRotaryEmbedding": 1}
+    agree(model(ids).logits, before)
 
 
 def other_weights(model):

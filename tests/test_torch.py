@@ -6,6 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from trillama import kernels as k
+from trillama.kernels.compat.flash_attn import flash_attn_with_kvcache
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("ignore::UserWarning:torch.*")]
 
@@ -184,3 +185,34 @@ def test_a_written_cache_counts_a_version(backend):
     with k.use_backend(backend):
         k.rope_append_(q, key, key, cos, sin, *caches, torch.arange(5))
     assert all(cache._version > 0 for cache in caches)
+
+
+X, QKV = torch.ones(2, 64), torch.ones(1, 2, 3, 16)
+TABLE, ONE, WEIGHT = torch.ones(8, 8), torch.ones(1, dtype=torch.int32), torch.ones(64)
+REQUIRED = [
+    (k.rms_norm, {"x": X, "weight": WEIGHT}, ["x"]),
+    (k.add_rms_norm, {"x": X, "residual": X, "weight": WEIGHT}, ["x", "residual"]),
+    (k.swiglu, {"gate": X, "up": X}, ["gate", "up"]),
+    (k.decode_linear, {"x": X, "weight": X}, ["x", "weight"]),
+    (k.apply_rope, {"q": QKV, "k": QKV, "cos": TABLE, "sin": TABLE}, ["q", "k", "cos", "sin"]),
+    (
+        k.rope_append_, {"q": QKV[:, :, :1], "k": QKV[:, :, :1], "v": QKV[:, :, :1], "cos": TABLE, "sin": TABLE, "k_cache": QKV,
+        "v_cache": QKV, "positions": ONE}, ["q", "k", "v", "cos", "sin", "k_cache", "v_cache", "positions"],
+    ),
+    (k.flash_attention, {"q": QKV, "k": QKV, "v": QKV}, ["q", "k", "v"]),
+    (
+        k.decode_attention, {"q": QKV[:, :, :1], "k_cache": QKV, "v_cache": QKV, "lengths": ONE},
+        ["q", "k_cache", "v_cache", "lengths"],
+    ),
+    (flash_attn_with_kvcache, {"q": QKV, "k_cache": QKV, "v_cache": QKV}, ["q", "k_cache", "v_cache"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("function", "given", "name"), [(f, given, name) for f, given, names in REQUIRED for name in names],
+    ids=[f"{f.__name__}-{name}" for f, _, names in REQUIRED for name in names],
+)  # fmt: skip
+def test_what_is_missing_is_named(function, given, name, backend):
+    with k.use_backend(backend), pytest.raises((TypeError, ValueError), match=rf"{function.__name__}: {name} is None"):
+        function(**{**given, name: None})

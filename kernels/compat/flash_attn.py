@@ -190,8 +190,8 @@ def _outside(table, pages):
     return low.item() < 0 or high.item() >= pages
 
 
-def _check_values(k_cache, new, before, table, leftpad):
-    """What the host can see of the values is within the cache."""
+def _check_values(k_cache, new, before, table, leftpad, cos, turned):
+    """What the host can see of the values is within the cache, and the rotary tables reach to the last of the `turned` tokens."""
     op, (pages, _, page, _) = "flash_attn_with_kvcache", k_cache.shape
     capacity = page if table is None else page * table.shape[1]
     low, high = (n.item() for n in before.aminmax())
@@ -202,6 +202,8 @@ def _check_values(k_cache, new, before, table, leftpad):
         if needed.numel() and _outside(needed, pages):
             found = f"the rows or pages of the cache that are needed are {reference.reach(needed)}, expected 0 to {pages - 1}"
             raise IndexError(f"{op}: {found}")
+    if cos is not None and high + turned > len(cos):
+        raise IndexError(f"{op}: positions are {low} to {high + turned - 1}, expected 0 to {len(cos) - 1}, the rows of rotary_cos")
     if leftpad is not None:
         fits = bool(((leftpad >= 0) & (leftpad <= before + new)).all())
         check(fits, lambda: f"{op}: cache_leftpad is {reference.reach(leftpad)}, expected from 0 to the length of the row")
@@ -214,11 +216,13 @@ def _with_kvcache(
     interleaved: bool, splits: Optional[int], need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(out [B, S, Hq, D], lse [B, Hq, S]); the arguments have the axes [B, H, tokens, D]; lse is empty unless it is needed."""
+    at_once = left is None and right is None  # all of q is turned by the angle of the first new token
     if len(before) and host_sees(before, table, leftpad):
-        _check_values(k_cache, 0 if k is None else k.shape[2], before, table, leftpad)
+        new = 0 if k is None else k.shape[2]
+        _check_values(k_cache, new, before, table, leftpad, cos, max(new, min(1, q.shape[2]) if at_once else q.shape[2]))
     lengths = before
     if k is not None:
-        q = _append(q, k, v, k_cache, v_cache, cos, sin, before, table, interleaved, left is None and right is None)
+        q = _append(q, k, v, k_cache, v_cache, cos, sin, before, table, interleaved, at_once)
         lengths = before + k.shape[2]
     B, Hq, S, D = q.shape
     one_range = right == 0 or (S == 1 and right is None)  # the last query sees the last key, each before it one key less
@@ -274,14 +278,14 @@ def flash_attn_with_kvcache(
     Causal with any S, and S = 1, run on `decode_attention`; the rest (several queries without causality, windows to the right,
     softmax_lse, cache_leftpad) on the kernel for packed sequences, for which pages are gathered first.
 
-    On CPU tensors an append beyond the capacity, or a length outside 0 and the capacity, is a ValueError, a row or page that is
-    needed and not in the cache an IndexError, and nothing is written. On a GPU the host cannot know without a wait: there, on any
-    backend, nothing is written outside the cache, a length counts as the nearest possible one, and what needs a page that is not
-    there is NaN.
+    On CPU tensors an append beyond the capacity, or a length outside 0 and the capacity, is a ValueError; a row or page that is
+    needed and not in the cache, or a position that is needed and not in the tables, an IndexError; and nothing is written. On a GPU
+    the host cannot know without a wait: there, on any backend, nothing is written outside the cache, a length counts as the nearest
+    possible one, and what needs a page that is not there is NaN.
     """
     op = "flash_attn_with_kvcache"
     _unsupported(op, alibi_slopes=alibi_slopes)
-    check_same(op, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
+    check_same(op, optional=("k", "v"), q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
         check(
             x is None or (x.dim() == 4 and x.shape[3] == q.shape[-1]),

@@ -94,7 +94,7 @@ def _read(mask_function):
 
 def attention_mask(
     batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, config=None,
-    cache_position=None, device=None, **kwargs,
+    cache_position=None, device=None, allow_is_causal_skip=True, **kwargs,
 ):  # fmt: skip
     """The mask function behind the name "trillama", called by transformers; see the module's docstring for what it returns."""
     if cache_position is not None:  # 4.57
@@ -113,6 +113,8 @@ def attention_mask(
             _refuse("packed sequences without causality")
         return _packed(ids, traced)
     length = q_offset + q_length - kv_offset  # keys there are; a tensor where the cache is static
+    if causal and not allow_is_causal_skip and cache_position is None and q_length > 1 and not isinstance(length, torch.Tensor):
+        _refuse("a model that computes with the mask itself")  # nothing else lets transformers forbid that there is none
     if not causal:
         if isinstance(length, torch.Tensor):
             _refuse("a static cache without causality")
@@ -602,9 +604,14 @@ def _with_our_rotary(forward):
     return copy
 
 
+def _origin(cls):
+    """transformers' class that a class of modules is, or is derived of; None: neither."""
+    return next((c for c in cls.__mro__ if c.__module__.startswith("transformers.models.")), None)
+
+
 def _forward(cls):
     """The forward that takes the place of that of a class of modules, or None."""
-    origin = next((c for c in cls.__mro__ if c.__module__.startswith("transformers.models.")), None)
+    origin = _origin(cls)
     family = origin and next((f for f in sorted(FAMILIES, key=len, reverse=True) if origin.__name__.startswith(f)), None)
     kind = origin.__name__.removeprefix(family) if family else None
     if kind == "RMSNorm":
@@ -674,6 +681,13 @@ def _is_replaceable(module):
     return act is None or type(act).__name__ in _SILU
 
 
+def _has_its_own(module):
+    """Whether a module computes by a forward that is not transformers': the instance's, or that of a class derived of theirs."""
+    if "forward" in vars(module) and not _kept(module):
+        return True
+    return type(module).forward is not _origin(type(module)).forward
+
+
 def patch(model):
     """Puts this model's RMSNorm, rotary embedding and (where it is SwiGLU) MLP on trillama's kernels; returns the model.
 
@@ -683,20 +697,20 @@ def patch(model):
     what was replaced, as does a line of the logger "trillama.kernels.compat.transformers". In lower precision the rotary tables
     stay in float32, everything else rounds as before.
 
-    Raises ValueError if there is nothing to replace. A module whose instance has a forward of unknown origin stays as it is, with
-    a warning. A pickle of the whole model loads where trillama is installed.
+    Raises ValueError if there is nothing to replace. A module with a forward that is not transformers', set on the instance or in a
+    class derived of theirs, stays as it is, with a warning. A pickle of the whole model loads where trillama is installed.
     """
     left = []
     for module in model.modules():
         if _is_replaceable(module):
-            if "forward" in vars(module) and not _kept(module):
+            if _has_its_own(module):
                 left.append(module)
             else:
                 _become(module, _with_our_forward(type(module)))
     found = patched(model)
     if left:
-        warnings.warn(f"patch: left as they are, with a forward set on the instance: {_listed(_count(left))}", stacklevel=2)
-    elif not found:
+        warnings.warn(f"patch: left as they are, with a forward of their own: {_listed(_count(left))}", stacklevel=2)
+    if not found:
         raise ValueError(f"patch: {type(model).__name__} has nothing to patch, expected a model of {', '.join(FAMILIES)}")
     _log.info("patch: %s", _listed(found))
     return model
