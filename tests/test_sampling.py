@@ -168,7 +168,7 @@ def test_numbers_of_any_kind(device, backend, kind):
             rows(logits, **options)
         found.append(rows.ids.tolist())
     assert found[0] == found[1]
-    with pytest.raises(TypeError, match=r"choose_: top_k is 2\.5, expected an integer"):
+    with pytest.raises(ValueError, match=r"choose_: top_k is 2\.5, expected an integer"):
         Rows(3, 300, device)(logits, temperature=1.0, top_k=2.5)
 
 
