@@ -173,6 +173,8 @@ def _rotate(q, k, cos, sin, positions, interleaved, inverse, v=None, caches=(Non
     q_out = k_out if q is None else fresh(_empty(q))
     q = k if q is None else q
     heads = HQ + HK * (1 if v is None else 2)
+    if heads == 0:
+        return q_out, k_out
     tile = tuning.rope(half, D - 2 * half, math.gcd(HQ, HK), q.element_size())
     blocks = cdiv(S, tile.block_s)
     # Few tokens: the heads are spread over programs. The number of heads is an argument, so nothing is recompiled for it.

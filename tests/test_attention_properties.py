@@ -58,6 +58,13 @@ def magnitudes(case, q, k, v, seen):
     return loss, weights, q.abs(), k.abs(), v.abs(), abs(scale)
 
 
+def least(case, exact, loss, terms):
+    """Half of what two roundings to the dtype, of the weights and of the result, and the error of the scores may make of it: of few
+    numbers each may be as far off as it can be."""
+    rounding = torch.finfo(case.dtype).eps / 4
+    return rounding * exact.norm().item() + (rounding + loss) * terms.norm().item()
+
+
 def close(what, got, exact, plain, floor):
     """got is at most twice as far from `exact` as `plain` or, where that is luckily near or overflows, as `floor`."""
     got, exact, plain = (t.detach().double() for t in (got, exact, plain))
@@ -81,7 +88,7 @@ def compare(case, function, exactly, tensors, seen, backward, dlse):
     same = oracle.unchanged(*tensors)
     (out, lse), bare = function(*tensors), function(*tensors, return_lse=False)  # the reference takes other ways without lse
     same()
-    floor = rounding * exact64[0].norm().item() + loss * (weights @ v_size).norm().item()
+    floor = least(case, exact64[0], loss, weights @ v_size)
     close("out", out, exact64[0], plain[0], floor)
     close("out without lse", bare, exact64[0], plain[0], floor)
     close("lse", lse, exact64[1], exact64[1], loss * math.sqrt(lse.numel()))
@@ -179,8 +186,7 @@ def one_decode(seed, dtypes, backend):
         same = oracle.unchanged(q, lengths)
         out = decode_attention(q, *caches, lengths, block_table=table, splits=case.splits, **case.options)
         same()
-        rounding = torch.finfo(case.dtype).eps / 4
-        close("out", out, exact, plain, rounding * exact.norm().item() + loss * (weights @ v_size).norm().item())
+        close("out", out, exact, plain, least(case, exact, loss, weights @ v_size))
 
 
 @contextlib.contextmanager

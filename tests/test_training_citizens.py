@@ -160,6 +160,7 @@ EMPTY = {
     "swiglu": (k.swiglu, ((0, 16), (0, 16)), True),
     "apply_rope": (lambda q, key: k.apply_rope(q, key, COS, SIN), ((0, 4, 5, 16), (0, 2, 5, 16)), True),
     "apply_rope no tokens": (lambda q, key: k.apply_rope(q, key, COS, SIN), ((2, 4, 0, 16), (2, 2, 0, 16)), True),
+    "apply_rope no heads": (lambda q, key: k.apply_rope(q, key, COS, SIN), ((2, 0, 5, 16), (2, 0, 5, 16)), True),
     "flash_attention": (k.flash_attention, ((0, 4, 5, 16), (0, 2, 9, 16), (0, 2, 9, 16)), True),
     "flash_attention no queries": (k.flash_attention, ((2, 4, 0, 16), (2, 2, 9, 16), (2, 2, 9, 16)), True),
     "flash_attention no keys": (k.flash_attention, ((2, 4, 5, 16), (2, 2, 0, 16), (2, 2, 0, 16)), True),
