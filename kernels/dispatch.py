@@ -481,21 +481,24 @@ def promoted(*tensors):
 # --- the caller's settings -------------------------------------------------------------------------------------------
 
 
+_precision, _autocast = torch._C._get_float32_matmul_precision, torch._C._is_any_autocast_enabled
+
+
 def steady(function):
     """The function, whose matrix products are those of its tensors' dtypes whatever the caller has set: under autocast torch
     multiplies float32 in bfloat16, with `torch.set_float32_matmul_precision` or `fp32_precision` in TF32 or bfloat16."""
 
     @functools.wraps(function)
     def wrapper(*arguments, **named):
-        if torch.compiler.is_compiling():  # the graph's own products follow the precision that is set where it runs
+        if torch.compiler.is_dynamo_compiling():  # the graph's own products follow the precision that is set where it runs
             x = next(a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor))
             with torch.autocast(x.device.type, enabled=False):
                 return function(*arguments, **named)
         try:
-            usual = torch._C._get_float32_matmul_precision() == "highest"
+            usual = _precision() == "highest"
         except RuntimeError:  # torch 2.9's settings are in use
             usual = False
-        if usual and not _Exact.inside and not torch._C._is_any_autocast_enabled():
+        if usual and not _Exact.inside and not _autocast():
             return function(*arguments, **named)
         with torch._C._DisableAutocast(), _Exact():
             return function(*arguments, **named)
