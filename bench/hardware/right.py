@@ -11,6 +11,7 @@ import torch
 
 from ... import kernels
 from ...kernels import decode_attention, reference, use_backend
+from ...kernels.compat.flash_attn import flash_attn_with_kvcache
 from ...kernels.dispatch import dependent_launch
 from ...model import KVCache, Llama, generate, generation
 from .. import oracle, proofs, timing
@@ -138,6 +139,7 @@ def _compiled_jobs(card):
 
 def _other_jobs(card):
     yield Job("transformers", {"what": "transformers", "dtype": "fp16" if card.small else "bf16"}, 8.0, 14)
+    yield Job("flash-attention's cache", {"what": "kvcache", "dtype": "fp16" if card.small else "bf16"}, 2.0, 8)
     yield Job("another device", {"what": "device", "dtype": "fp16"}, 1.0, 6)
 
 
@@ -150,7 +152,8 @@ def run(what, **work):
     try:
         yield from {
             "op": ops, "large": large, "decode": decode, "linear": linear, "choose": choose, "step": step, "model": whole_model,
-            "compile": compiled, "transformers": adapter, "device": device,
+            "compile": compiled, "transformers": adapter, "kvcache": kvcache,
+            "device": device,
         }[what](**work)  # fmt: skip
     finally:
         torch.set_num_threads(threads)
@@ -496,6 +499,44 @@ def adapter(dtype):
     yield from verdict(
         "transformers", "logits of a padded batch", dtype, lambda: logits(attention_mask=mask, position_ids=positions), 0
     )  # fmt: skip
+
+
+KVCACHE = {  # queries, new tokens, pages, padding on the left, rotary embedding, options
+    "append": (1, 1, False, False, False, {"causal": True}),
+    "append, rotary": (3, 3, False, False, True, {"causal": True}),
+    "append, rotary, pages": (1, 1, True, False, True, {"causal": True}),
+    "padded on the left, window": (2, 2, False, True, False, {"causal": True, "window_size": (9, 0)}),
+    "not causal, lse": (3, 0, True, False, False, {"return_softmax_lse": True}),
+}
+
+
+def kvcache(dtype):
+    for case, arguments in KVCACHE.items():
+        yield from verdict("flash_attn_with_kvcache", case, dtype, lambda a=arguments: _kvcache(DTYPES[dtype], *a))
+
+
+def _kvcache(dtype, S, new, paged, padded, rotary, options):
+    """out, lse and both caches, against the reference in float64 and in the same dtype, which a CPU runs."""
+    torch.manual_seed(S + new)
+    pages = (8, 16, 2, 64) if paged else (2, 64, 2, 64)
+    tensors = [torch.randn(shape).to(dtype) for shape in ((2, S, 4, 64), pages, pages, (2, new, 2, 64), (2, new, 2, 64))]
+    lengths, left = torch.tensor([20, 41], dtype=torch.int32), torch.tensor([3, 7], dtype=torch.int32)
+    table = torch.randperm(8).view(2, 4).int()
+    angle = torch.arange(64.0)[:, None] * 0.7 ** torch.arange(16.0)
+
+    def call(device, wide):
+        def on(t, wanted=True):
+            return t.to(device) if wanted else None
+
+        q, k_cache, v_cache, k, v = (t.to(device, wide, copy=True) for t in tensors)
+        out = flash_attn_with_kvcache(
+            q, k_cache, v_cache, *((k, v) if new else (None, None)), on(angle.cos(), rotary), on(angle.sin(), rotary), on(lengths),
+            block_table=on(table, paged), cache_leftpad=on(left, padded), **options,
+        )  # fmt: skip
+        return *(out if isinstance(out, tuple) else (out,)), k_cache, v_cache
+
+    for got, exact, plain in zip(call("cuda", dtype), call("cpu", torch.float64), call("cpu", dtype)):
+        oracle.check(got, exact, plain, fp32=1e-5)
 
 
 def device(dtype):
