@@ -8,6 +8,7 @@ A result may differ from the exact one by half a unit in the last place for each
 float32 (of float64 in float64) of the terms it is a sum of: where these cancel, the terms count, not their sum.
 """
 
+import math
 import os
 import random
 import time
@@ -242,6 +243,7 @@ def decode_linear(seed, triton):
     if given["bias"] is not None:
         exact, off = exact + given["bias"].double(), off + ulp * (terms + given["bias"].double().abs())
     if activation:
+        off = off.masked_fill(terms >= torch.finfo(dtype).max / 4, math.inf)  # a product that overflows before it is multiplied on
         (g, u), (off_g, off_u) = exact.chunk(2, -1), off.chunk(2, -1)
         silu = g * torch.sigmoid(g)
         exact = silu * u
