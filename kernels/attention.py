@@ -646,10 +646,10 @@ def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts_q: Optional[torch.Tensor], starts_k: Optional[torch.Tensor],
     scale: float, softcap: Optional[float], left: Optional[int], right: Optional[int], need_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    sequences = None
-    if starts_q is not None and (not uses_triton(q) or host_sees(starts_q, starts_k)):
+    sequences, triton = None, uses_triton(q)
+    if starts_q is not None and (not triton or host_sees(starts_q, starts_k)):
         sequences = reference.sequences(starts_q, starts_k, q.shape[2], k.shape[2])
-    if uses_triton(q):
+    if triton:
         return _forward(q, k, v, starts_q, starts_k, scale, softcap, left, right, need_lse)
     if sequences is None:
         out, lse = reference.attention(q, k, v, scale, left, right, softcap, need_lse)
@@ -683,8 +683,8 @@ def _attention_backward(
     if uses_triton(q):
         return _backward(dout, dlse, q, k, v, out, lse, starts_q, starts_k, scale, softcap, left, right, need_dq, need_dkv)
     gradients = _gradients_like(q, k, v, need_dq, need_dkv)
-    whole = [(slice(None), slice(None))]
-    for rows, keys in whole if starts_q is None else reference.sequences(starts_q, starts_k, q.shape[2], k.shape[2]):
+    every = [(slice(None), slice(None))]
+    for rows, keys in every if starts_q is None else reference.sequences(starts_q, starts_k, q.shape[2], k.shape[2]):
         parts = reference.attention_backward(
             dout[:, :, rows], None if dlse is None else dlse[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys],
             out[:, :, rows], lse[:, :, rows], scale, left, right, softcap,

@@ -268,33 +268,23 @@ def run(name, triton, count):
                 raise AssertionError(f"TRILLAMA_SEED={seed} repeats it: {type(error).__name__}: {error}") from error
 
 
+def counts(few, many):
+    """How many configurations: few by default, many among the slow tests."""
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
 @pytest.mark.host
+@counts(60, 2000)
 @pytest.mark.parametrize("name", OPS)
-def test_the_reference(name, record_property):
+def test_the_reference(name, count, record_property):
     record_property("TRILLAMA_SEED", SEED)
-    run(name, False, 60)
+    run(name, False, count)
 
 
 @pytest.mark.host
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy reports what overflows where it may
+@counts(12, 300)
 @pytest.mark.parametrize("name", OPS)
-def test_the_kernels(name, record_property):
+def test_the_kernels(name, count, record_property):
     record_property("TRILLAMA_SEED", SEED)
-    run(name, True, 12)
-
-
-@pytest.mark.host
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPS)
-def test_the_reference_at_length(name, record_property):
-    record_property("TRILLAMA_SEED", SEED)
-    run(name, False, 2000)
-
-
-@pytest.mark.host
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", OPS)
-def test_the_kernels_at_length(name, record_property):
-    record_property("TRILLAMA_SEED", SEED)
-    run(name, True, 300)
+    run(name, True, count)
