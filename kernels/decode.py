@@ -233,7 +233,7 @@ def _forward(q, k_cache, v_cache, lengths, scale, window, softcap, block_table, 
         GROUP=group, D=D, PAGE=None if block_table is None else page, SPLIT=split, MAX_SPLITS=most,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_E=tile.block_e,
         PRECISION=_precision(q), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-        **dependence(q),
+        **dependence(q), **({"maxnreg": tile.registers} if tile.registers else {}),
     )  # fmt: skip
     return out
 

@@ -120,7 +120,7 @@ def elementwise(n, itemsize):
 @dataclass(frozen=True)
 class Decode:
     """block_m packed query rows against block_n keys at a time; a row's keys are cut every `split` keys, or into max_splits
-    longer parts; block_e elements of the output are combined at a time."""
+    longer parts; block_e elements of the output are combined at a time. registers: a limit, None is ptxas' own."""
 
     block_m: int
     block_n: int
@@ -130,6 +130,7 @@ class Decode:
     max_splits: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @tunable
@@ -148,7 +149,9 @@ def decode(arch, head_dim, itemsize, rows):
         block_n = 16
     warps = 8 if block_m * block_d > 64 * 128 or itemsize == 4 else 4
     stages = 3 if arch in (80, 90, 100) else 2  # elsewhere a block has 99 KiB of shared memory
-    return Decode(block_m, block_n, block_d, min(512, next_power_of_2(rows * head_dim)), 512, 64, warps, stages)
+    # Shared memory leaves room for two programs; yet ptxas spills a few registers rather than pass the 128 that would leave four.
+    registers = 255 if warps == 4 and block_d > 64 else None
+    return Decode(block_m, block_n, block_d, min(512, next_power_of_2(rows * head_dim)), 512, 64, warps, stages, registers)
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,6 @@ class Choose:
 @tunable
 def choose(arch, vocabulary):
     """The choice of the next id: 16 bytes of bfloat16 a thread, which spreads a usual vocabulary over 24 to 128 multiprocessors;
-    what one program does at the end of a row has as many threads. On sm_100 ptxas spills a few registers rather than pass 128,
-    unless it is told that it may."""
-    return Choose(2048, next_power_of_2(-(-vocabulary // LANES)), 8, 168 if arch == 100 else None)
+    what one program does at the end of a row has as many threads. ptxas spills a few registers rather than pass 128 on sm_100,
+    and 80 on sm_80, unless it is told that it may."""
+    return Choose(2048, next_power_of_2(-(-vocabulary // LANES)), 8, 168 if arch in (80, 100) else None)
