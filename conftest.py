@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import os
 
+import progress
 import pytest
 
 # The tests are many small products: threads cost more than they give, above all beside other work on the same cores.
@@ -41,6 +42,12 @@ def pytest_configure(config):
         quicken()
     if config.getoption("--benchmark") and config.args_source.name != "ARGS":
         config.args[:] = [str(config.rootpath / "bench" / "bench_kernels.py")]
+    progress.register(config)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist makes its own of the number of processes
+def pytest_cmdline_main(config):
+    progress.spread(config)
 
 
 @pytest.hookimpl(tryfirst=True)
