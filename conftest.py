@@ -14,6 +14,7 @@ Formulas in float64 and the comparison rules are in bench/oracle.py.
 import contextlib
 import importlib.util
 import os
+import re
 
 import progress
 import pytest
@@ -92,11 +93,29 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(host)
         if mode != "gpu" and item.get_closest_marker("gpu"):
             item.add_marker(gpu)
+    for item in in_all_but_one_dtype(items):
+        item.add_marker(pytest.mark.slow)
     if not config.option.markexpr:
         slow = [item for item in items if item.get_closest_marker("slow")]
         if slow:
             config.hook.pytest_deselected(items=slow)
             items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def in_all_but_one_dtype(items):
+    """Of tests with many cases: by default each case runs in one of the dtypes, in turn, and these, the others, are long.
+
+    The turns are the bits of the Thue-Morse sequence, so that no option that alternates from case to case is tied to a dtype."""
+    functions = {}
+    for item in items:
+        if "dtype" in getattr(item, "fixturenames", ()):
+            function, _, case = item.nodeid.partition("[")
+            case = re.sub(r"\b(fp32|fp16|bf16)\b", "", case, count=1)
+            functions.setdefault(function, {}).setdefault(case, []).append(item)
+    for cases in functions.values():
+        for number, of_case in enumerate(cases.values() if len(cases) > 3 else ()):
+            turn = number.bit_count() % len(of_case)
+            yield from of_case[:turn] + of_case[turn + 1 :]
 
 
 @pytest.hookimpl(wrapper=True)
