@@ -93,8 +93,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(host)
         if mode != "gpu" and item.get_closest_marker("gpu"):
             item.add_marker(gpu)
-    for item in in_all_but_one_dtype(items):
-        item.add_marker(pytest.mark.slow)
+    for spared in (in_all_but_one_dtype, beyond_a_few):
+        for item in list(spared(items)):
+            item.add_marker(pytest.mark.slow)
     if not config.option.markexpr:
         slow = [item for item in items if item.get_closest_marker("slow")]
         if slow:
@@ -116,6 +117,18 @@ def in_all_but_one_dtype(items):
         for number, of_case in enumerate(cases.values() if len(cases) > 3 else ()):
             turn = number.bit_count() % len(of_case)
             yield from of_case[:turn] + of_case[turn + 1 :]
+
+
+def beyond_a_few(items):
+    """Of tests marked few(n) the cases but n by default, which lie as far apart as they can."""
+    functions = {}
+    for item in items:
+        few = item.get_closest_marker("few")
+        if few and not item.get_closest_marker("slow"):
+            functions.setdefault((item.nodeid.partition("[")[0], few.args[0]), []).append(item)
+    for (_, n), cases in functions.items():
+        by_default = {round(i * (len(cases) - 1) / max(n - 1, 1)) for i in range(n)}
+        yield from (item for number, item in enumerate(cases) if number not in by_default)
 
 
 @pytest.hookimpl(wrapper=True)

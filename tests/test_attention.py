@@ -16,6 +16,7 @@ from trillama.kernels import attention, flash_attention, reference, tuning, use_
 from trillama.kernels.dispatch import INTERPRETED, observe
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize("name", [n for n in trials("flash_attention") if "backward" not in n.values[0]])
 def test_shapes(triton, poisoned, device, dtype, name):
     proofs.run("flash_attention", name, dtype, device)
@@ -220,6 +221,7 @@ def test_queries_in_front_of_the_first_key(device, dtype, S, T, backend):
     assert dq.isfinite().all()
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("options", [{}, {"window": 4}, {"causal": False}, {"softcap": 3.0}], ids=str)
 @pytest.mark.parametrize(("S", "T"), [(12, 12), (5, 12), (1, 12), (12, 5)])

@@ -9,6 +9,7 @@ from trillama.kernels import flash_attention
 KERNELS = ["_forward_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel"]
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("name", trials("flash_attention", "backward"))
 def test_gradients(triton, poisoned, device, dtype, name):
     proofs.run("flash_attention", name, dtype, device)

@@ -207,14 +207,14 @@ def counts(few, many):
 
 
 @pytest.mark.host
-@counts(40, 2000)
+@counts(20, 2000)
 def test_the_reference(op, count):
     for seed in range(SEED, SEED + count):
         OPS[op](seed, (torch.float32, torch.float16, torch.bfloat16), "reference")
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in")  # what a masked lane computes
-@counts(5, 300)
+@counts(2, 300)
 def test_the_kernels(op, count):
     if not INTERPRETED:
         pytest.skip("a shape is compiled in seconds: random ones are for the interpreter")

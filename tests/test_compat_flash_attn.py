@@ -45,6 +45,7 @@ def plain(q, k, v, causal, window, **options):
     return torch.einsum("bhst,bthd->bshd", weights, v)
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize(("S", "T"), [(7, 7), (3, 9), (9, 4)])
@@ -114,6 +115,7 @@ PACKED = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("form", PACKED)
 @pytest.mark.parametrize("window", [(-1, -1), (2, 1)], ids=str)
 def test_packed_forms(triton, device, dtype, form, window):
@@ -175,6 +177,7 @@ def rotated(x, cos, sin, positions, interleaved):
     return oracle.rope(x.double().transpose(1, 2), cos.double(), sin.double(), positions, interleaved).transpose(1, 2)
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
 @pytest.mark.parametrize("interleaved", [None, False, True], ids=["bare", "half", "interleaved"])
 @pytest.mark.parametrize(("S", "new"), [(1, 1), (3, 3), (2, 5), (1, 0)], ids=str)

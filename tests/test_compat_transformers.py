@@ -43,6 +43,7 @@ def test_packed_sequences(family):
     agree(logits.flatten(0, 1), torch.cat(alone))
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)

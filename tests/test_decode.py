@@ -17,6 +17,7 @@ def crosses_splits(request):
         pytest.skip("partial results pass between programs in the order of an atomic counter: no race, but it looks like one")
 
 
+@pytest.mark.few(40)
 @pytest.mark.usefixtures("crosses_splits")
 @pytest.mark.parametrize("name", trials("decode_attention"))
 def test_decode_attention(triton, poisoned, device, dtype, name):
@@ -118,6 +119,7 @@ def test_the_reference_is_the_formula(device):
                 attend("cpu", q, k, v, lengths, **options)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("kind", [torch.tensor, np.asarray, np.float64, np.float32], ids=["tensor", "array", "double", "single"])
 def test_a_number_may_come_in_a_tensor_or_from_numpy(device, backend, kind):
@@ -161,6 +163,7 @@ def test_lengths_are_those_of_the_cache(triton, monkeypatch, poisoned, device, d
     assert torch.equal(reference.decode_attention(q, k, v, wrong), reference.decode_attention(q, k, v, right))
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("crosses_splits")
 @pytest.mark.parametrize("splits", [1, None])
 def test_a_page_that_is_not_there(triton, monkeypatch, poisoned, device, dtype, splits):

@@ -68,6 +68,7 @@ def kernels(tmp_path_factory):
 LAYER = ["linear_kernel", "rope_kernel", "decode_kernel", *3 * ["linear_kernel"]]
 
 
+@pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_everything_waits_before_it_touches_what_others_write(kernels, arch):
@@ -83,6 +84,7 @@ def test_everything_waits_before_it_touches_what_others_write(kernels, arch):
         assert {"ld.global", "st.global"} <= set(ptx[len(begin) :])
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_older_architectures_know_nothing_of_it(kernels):
     assert len(kernels["sm_80"]) == 9

@@ -77,6 +77,7 @@ def call(name, given, ops=k):
     return CALLS[name][0](ops, **given)
 
 
+@pytest.mark.few(44)
 @pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
 @pytest.mark.parametrize(("name", "argument"), PLACES)
 def test_kernels_refuse(name, argument, grad):

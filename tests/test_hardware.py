@@ -73,6 +73,7 @@ def test_a_process_that_cannot_be_started_costs_its_job(worker, monkeypatch):
         list(apart.apart(jobs.works))
 
 
+@pytest.mark.slow
 def test_the_server_that_forks_may_be_killed(worker):
     from multiprocessing.forkserver import _forkserver
 

@@ -52,6 +52,7 @@ def test_cases_have_names_of_their_own():
         assert len({proofs.bare(name) for name in cases}) == len(cases), op
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("job", right.jobs(SMALL), ids=lambda job: job.name)
 def test_rehearsal(pretended, job):
     found = results(**job.work)

@@ -41,6 +41,7 @@ def checks(monkeypatch):
     return made
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("op", [op for op in available() if "int" not in op])
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_a_remembered_call_is_the_call(op, backend, device):
@@ -74,6 +75,7 @@ def elsewhere(t, how):
     return t.clone()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("op", [op for op in available() if "int" not in op and "choose_" not in op])
 def test_strides_and_addresses_at_random(op, device):
     """Calls that differ in how their tensors lie, and in whether one is passed twice, in any order: each as if the first."""
@@ -523,6 +525,7 @@ def test_a_stride_that_means_nothing_is_no_reason_to_refuse():
             assert ids.tolist() == [0, 0]
 
 
+@pytest.mark.few(1)
 @host
 @pytest.mark.parametrize("variable", ["TRITON_INTERPRET", "TRILLAMA_BACKEND"])
 def test_the_cost_is_not_of_the_interpreter(variable):

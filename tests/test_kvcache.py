@@ -94,6 +94,7 @@ def named(features):
     return ", ".join(f"{name} {value}" for name, value in features.items() if value is not False).replace("'", "")
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("features", SAMPLE, ids=named)
 def test_a_sample_of_the_table(triton, device, dtype, features):
     torch.manual_seed(TABLE.index(features))
@@ -184,6 +185,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(device, changes
     assert all(torch.equal(arguments[name].cpu(), old) for name, old in zip(("k_cache", "v_cache"), before))
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("rotary", [False, True], ids=["bare", "rotary"])
 @pytest.mark.parametrize("layout", ["rows", "pages", "leftpad", "lse"])
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -26,6 +26,7 @@ KINDS = [(op, backward) for op in available() for backward in ((False, True) if 
 SCRATCH = {"best_ptr", "d_ptr", "id_ptr"}  # room for as many programs, and for as many ids that stay, as there can be
 
 
+@pytest.mark.few(10)
 @pytest.mark.skipif(not INTERPRETED, reason="accesses are followed in Triton's interpreter")
 @pytest.mark.parametrize(("op", "backward"), KINDS)
 @pytest.mark.parametrize("model", ["SmolLM2-135M", pytest.param("Phi-3-mini", marks=pytest.mark.slow)])

@@ -85,6 +85,7 @@ def test_prefill(case):
         assert oracle.error(logits, theirs(ids[:, :tokens]).logits) < TOLERANCE
 
 
+@pytest.mark.few(10)
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
 def test_steps(case):

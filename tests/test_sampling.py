@@ -18,17 +18,20 @@ def by_reference(function):
         return function()
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", trials("choose"))
 def test_steps_are_those_of_the_reference(triton, device, dtype, name):
     proofs.run("choose", name, dtype, device)
     assert triton.names == ["_choose_kernel"] * 3
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_vocabulary_of_one(triton, device, dtype, options):
     proofs.choose(device, dtype, vocabulary=1, options=options)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("vocabulary", [12289, 49152, 128257])
 def test_vocabularies_of_models(triton, device, vocabulary):
     """Sizes that fill their tiles and a prime that does not: many programs a row, many groups."""
@@ -40,6 +43,7 @@ def test_vocabularies_of_models(triton, device, vocabulary):
         assert ours.all() == theirs.all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("vocabulary", [97, 5003])
 def test_rows_do_not_depend_on_their_neighbours(triton, device, dtype, vocabulary):
     logits = (torch.randn(8, vocabulary, device=device) * 3).to(dtype)
@@ -48,6 +52,7 @@ def test_rows_do_not_depend_on_their_neighbours(triton, device, dtype, vocabular
         assert all(Rows(n, vocabulary, device)(logits[:n], **options) == together[:n] for n in (1, 3))
 
 
+@pytest.mark.few(1)
 def test_equals(triton, device, dtype):
     """The largest logit of equals is the first; the cut keeps all that equal the last; -inf is never drawn."""
     logits = torch.full((4, 4099), -math.inf, device=device, dtype=dtype)
@@ -64,6 +69,7 @@ def test_equals(triton, device, dtype):
 EXTREMES = {"top_k": [1, 2, 60, 500], "top_p": [1e-6, 0.5, 0.98, 1.0], "min_p": [1e-3, 0.3, 1.0]}
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in EXTREMES.items() for value in values])
 def test_the_cut_is_exact(triton, device, name, value):
     """What may be drawn is known from a sorted list in float64. Of many states two kinds are taken: those in which the last id that
@@ -90,6 +96,7 @@ def test_the_cut_is_exact(triton, device, name, value):
     assert drawn == order[allowed[taken].argmax(1)].tolist()
 
 
+@pytest.mark.few(1)
 @pytest.mark.skipif(FEW, reason="many draws")
 @pytest.mark.parametrize(
     "options",

@@ -190,6 +190,7 @@ def test_ops_and_their_gradients(name, setting):
         same(found, expected)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", [name for name in CALLS if "float64" not in name])
 def test_kernels_and_their_gradients(name):
     """But for TF32, which they use where the user has allowed it."""

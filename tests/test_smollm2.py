@@ -98,6 +98,7 @@ def continued(model, tokenizer):
     return continuations
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", [*PROMPTS, "chat", "long"])
 def test_greedy_tokens_and_logits_are_transformers(name, continued, model, theirs):
     """Where transformers' largest logit after every prefix is the token we chose, its greedy decoding is ours, token for token."""
@@ -110,6 +111,7 @@ def test_greedy_tokens_and_logits_are_transformers(name, continued, model, their
     assert oracle.error(ours, logits) < 1e-4
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["a fact", "code"])
 def test_greedy_tokens_are_those_of_transformers_generate(name, continued, theirs):
     prompt, new = continued[name]

@@ -677,6 +677,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("how", HOSTILE)
 def test_hostile_template(tmp_path, monkeypatch, how):
     template, words = HOSTILE[how]

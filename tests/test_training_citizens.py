@@ -33,6 +33,7 @@ def total(outputs):
     return sum(o.square().sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
+@pytest.mark.few(4)
 @BACKENDS
 @pytest.mark.parametrize("name", CALLS)
 def test_backwards_of_one_graph(name, backend):
@@ -117,6 +118,7 @@ def test_functional_call_and_module_hooks(backend):
     assert all(p.grad is None for p in block.parameters())
 
 
+@pytest.mark.few(4)
 @BACKENDS
 @pytest.mark.parametrize("name", CALLS)
 def test_inference_tensors(name, backend):
@@ -176,6 +178,7 @@ EMPTY = {
 }  # fmt: skip
 
 
+@pytest.mark.few(34)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @BACKENDS
 @pytest.mark.parametrize("name", EMPTY)

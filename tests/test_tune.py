@@ -168,6 +168,7 @@ def test_every_entry_has_a_few_candidates():
     assert [t.name for t in tune.targets(["linear"])] == ["linear", "linear-swiglu", "linear-int8", "linear-int4"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("arch", [80, 120])
 def test_the_list_is_of_the_architecture_asked_for(arch):
     _, out, _ = listed("dq", "--arch", f"sm_{arch}")
@@ -228,6 +229,7 @@ def test_the_fastest_that_computes_the_same_is_found():
 
 
 @interpreted
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("op", "key", "fields"),
     [
