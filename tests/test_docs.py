@@ -15,13 +15,19 @@ from trillama.kernels.compat import flash_attn
 pytestmark = pytest.mark.host
 PAGE = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text(encoding="utf-8")
 SECTIONS = dict(section.split("\n", 1) for section in PAGE.split("\n## ")[1:])
-EXAMPLES = [(title, code) for title, text in SECTIONS.items() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
-SIGNATURES = [
-    line for text in SECTIONS.values() for block in re.findall(r"```text\n(.*?)```", text, re.S) for line in block.splitlines()
-]
 
 
-@pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
+def blocks(language):
+    """(title of the section, text) of each block of code."""
+    return [(title, code) for title, text in SECTIONS.items() for code in re.findall(rf"```{language}\n(.*?)```", text, re.S)]
+
+
+COMPILER = pytest.mark.slow  # starts inductor's processes, as README.md's example does
+EXAMPLES = [pytest.param(*block, id=block[0], marks=COMPILER if block[0] == "torch.compile" else ()) for block in blocks("python")]
+SIGNATURES = [line for _, code in blocks("text") for line in code.splitlines()]
+
+
+@pytest.mark.parametrize(("title", "code"), EXAMPLES)
 def test_examples(title, code):
     if "transformers" in title:
         pytest.importorskip("transformers")
@@ -54,10 +60,8 @@ def test_signatures(line):
         pytest.skip("transformers is not installed")
     stated = {}
     exec(f"def {line}: pass", stated)
-    on_the_page, in_the_code = (
-        [(p.name, p.kind, p.default) for p in inspect.signature(what).parameters.values()]
-        for what in (stated[name], public()[name])
-    )
+    on_the_page, in_the_code = (inspect.signature(what).parameters.values() for what in (stated[name], public()[name]))
+    on_the_page, in_the_code = ([(p.name, p.kind, p.default) for p in those] for those in (on_the_page, in_the_code))
     assert on_the_page == in_the_code
 
 
