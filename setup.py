@@ -24,7 +24,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    keywords="triton, llama, kernels, flash-attention, rmsnorm, rope, swiglu, decoding, kv-cache, quantization, pytorch, transformers",
+    keywords="triton, llama, kernels, flash-attention, rmsnorm, rope, swiglu, decoding, kv-cache, quantization, transformers",
     python_requires=">=3.10",
     packages=["trillama.kernels", "trillama.kernels.compat", "trillama.model", "trillama.bench", "trillama.bench.hardware"],
     package_dir={
