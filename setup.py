@@ -22,7 +22,7 @@ setup(
     description="Triton kernels for Llama-style language models, each with a PyTorch reference, and a thin model on top",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords="triton, llama, kernels, flash-attention, rmsnorm, rope, swiglu, decoding, kv-cache, quantization, transformers",
     python_requires=">=3.10",
