@@ -18,11 +18,13 @@ TEST += [TRANSFORMERS, "accelerate>=1.0", *PLOT, *META]
 setup(
     name="trillama",
     version="0.1.0",
+    author="The trillama authors",
     description="Triton kernels for Llama-style language models, each with a PyTorch reference, and a thin model on top",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
+    keywords="triton, llama, kernels, flash-attention, rmsnorm, rope, swiglu, decoding, kv-cache, quantization, transformers",
     python_requires=">=3.10",
     packages=["trillama.kernels", "trillama.kernels.compat", "trillama.model", "trillama.bench", "trillama.bench.hardware"],
     package_dir={
@@ -32,6 +34,7 @@ setup(
         "trillama.bench": "bench",
         "trillama.bench.hardware": "bench/hardware",
     },
+    package_data={package: ["py.typed"] for package in ("trillama.kernels", "trillama.model", "trillama.bench")},
     install_requires=[
         "torch>=2.6",
         # Only where Triton has wheels: everywhere else the reference path runs without it.
@@ -56,8 +59,15 @@ setup(
     },
     entry_points={"console_scripts": ["trillama = trillama.model.cli:main"]},
     classifiers=[
-        "Programming Language :: Python :: 3",
+        "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

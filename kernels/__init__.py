@@ -1,5 +1,9 @@
 """The kernels of a Llama-style language model in Triton, each with a PyTorch reference beside it."""
 
+import re
+from importlib import metadata
+from pathlib import Path
+
 from . import reference
 from .attention import flash_attention, flash_attention_varlen
 from .decode import decode_attention
@@ -18,3 +22,13 @@ __all__ = [
     "embed_next_", "flash_attention", "flash_attention_varlen", "quantize", "reference", "rms_norm", "rope_append_", "rope_tables",
     "swiglu", "use_backend",
 ]  # fmt: skip
+__version__: str
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`: of a checkout what its setup.py says, else what was installed. Looked up when it is asked for."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    setup = Path(__file__).resolve().parents[1] / "setup.py"
+    stated = re.search(r'^    version="(.+)",$', setup.read_text(encoding="utf-8"), re.M) if setup.is_file() else None
+    return stated[1] if stated else metadata.version("trillama")

@@ -15,7 +15,7 @@ position i + T - S. Seen from a key it is the same with left and right, S and T 
 with one more offset: a batch of one, cut by `cu_seqlens`, where each program finds its own sequence.
 """
 
-from typing import Optional
+from typing import Literal, Optional, overload
 
 import torch
 
@@ -769,8 +769,25 @@ def _run(op, q, k, v, starts_q, starts_k, left, right, scale, softcap, return_ls
     return call(_attention_op, _attention, q, k, v, starts_q, starts_k, scale, softcap, left, right, need_lse)
 
 
+@overload
+def flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = True, scale: float | None = None,
+    window: int | None = None, softcap: float | None = None, return_lse: Literal[False] = False,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = True, scale: float | None = None,
+    window: int | None = None, softcap: float | None = None, return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
 @remembered
-def flash_attention(q, k, v, *, causal=True, scale=None, window=None, softcap=None, return_lse=False):
+def flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = True, scale: float | None = None,
+    window: int | None = None, softcap: float | None = None, return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """softmax(scale q k^T) v, the scores never written to memory.
 
     q: [B, Hq, S, D]; k, v: [B, Hk, T, D], Hq a multiple of Hk (query head h reads key head h // (Hq / Hk)); float16, bfloat16 or
@@ -788,11 +805,28 @@ def flash_attention(q, k, v, *, causal=True, scale=None, window=None, softcap=No
     return (out, lse) if return_lse else out
 
 
+@overload
+def flash_attention_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, causal: bool = True, scale: float | None = None, window: int | None = None,
+    softcap: float | None = None, return_lse: Literal[False] = False,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_attention_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, causal: bool = True, scale: float | None = None, window: int | None = None,
+    softcap: float | None = None, return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
 @remembered
 def flash_attention_varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
-    causal=True, scale=None, window=None, softcap=None, return_lse=False,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, causal: bool = True, scale: float | None = None, window: int | None = None,
+    softcap: float | None = None, return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`flash_attention` of sequences packed one behind the other, each for itself.
 
     q: [tokens, Hq, D]; k, v: [tokens, Hk, D]. cu_seqlens_q, cu_seqlens_k: integers [B + 1] on the same device, sequence b is made

@@ -289,7 +289,10 @@ def _check_integers(op, name, t, q, shape):
 
 
 @remembered
-def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, softcap=None, block_table=None, splits=None):
+def decode_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, *, scale: float | None = None,
+    window: int | None = None, softcap: float | None = None, block_table: torch.Tensor | None = None, splits: int | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attention of the newest S tokens of each sequence over its key/value cache, theirs included.
 
     q: [B, Hq, S, D], float16, bfloat16 or float32, D up to 256. k_cache, v_cache: [B, Hk, T, D] of the same dtype, Hq a multiple

@@ -13,6 +13,8 @@ import math
 import operator
 import os
 import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -37,6 +39,7 @@ except ImportError:  # macOS, Windows: Triton has no wheels there, the reference
 
 BACKENDS = ("auto", "triton", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def jit(fn=None, **options):
@@ -70,15 +73,15 @@ class use_backend:
     Takes effect at once and stays; used as `with use_backend(...):` it is undone at the end of the block.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         global _chosen
         self.previous = _chosen
         _chosen = _known(name, "backend")
 
-    def __enter__(self):
+    def __enter__(self) -> "use_backend":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         global _chosen
         _chosen = self.previous
 
@@ -484,7 +487,7 @@ def promoted(*tensors):
 _precision, _autocast = torch._C._get_float32_matmul_precision, torch._C._is_any_autocast_enabled
 
 
-def steady(function):
+def steady(function: F) -> F:
     """The function, whose matrix products are those of its tensors' dtypes whatever the caller has set: under autocast torch
     multiplies float32 in bfloat16, with `torch.set_float32_matmul_precision` or `fp32_precision` in TF32 or bfloat16."""
 
@@ -577,7 +580,7 @@ class _Own(threading.local):
 _own = _Own()
 
 
-def remembered(function):
+def remembered(function: F) -> F:
     """The public function, which does again what it did for arguments that differ in the tensors' data alone, and only that.
 
     What `function` does is noted: `call`, `launch`, and `fresh` or `taped` for what else makes, views or writes a tensor. All of it

@@ -6,11 +6,15 @@ in float32 are off by up to 0.008 radians at position 131,071.
 """
 
 import math
+from typing import Any
 
 import torch
 
 
-def rope_tables(config_or_theta, head_dim, max_positions, *, scaling=None, device=None):
+def rope_tables(
+    config_or_theta: object, head_dim: int, max_positions: int, *, scaling: dict[str, Any] | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(cos, sin): float32 tables [max_positions, R/2] with the row p holding cos and sin of p * frequency_i.
 
     config_or_theta: theta, or an object or dict with Hugging Face's fields. scaling: a `rope_scaling` dict in place of the

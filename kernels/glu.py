@@ -126,7 +126,7 @@ _backward_op = register("swiglu_backward", _swiglu_backward, lambda dy, gate, up
 
 
 @remembered
-def swiglu(gate, up):
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, computed in float32 and rounded once.
 
     gate, up: [..., F] of one shape and dtype (float16, bfloat16 or float32), any strides: the two halves of a packed projection go

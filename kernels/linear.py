@@ -301,7 +301,10 @@ def _check(x, weight, norm, eps, residual, activation, bias):
     return check_eps(op, eps)
 
 
-def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=None, bias=None):
+def decode_linear(
+    x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, *, norm: torch.Tensor | None = None, eps: float = 1e-6,
+    residual: torch.Tensor | None = None, activation: str | None = None, bias: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The product of a few rows with a weight, the normalisation before it and SwiGLU and residual after it, in one launch.
 
     x: [..., K], float16, bfloat16 or float32. weight: [N, K] of the same dtype, or a `QuantizedWeight`. norm: [K], weight of the

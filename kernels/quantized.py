@@ -7,7 +7,8 @@ Rounded to nearest, as llama.cpp's Q8_0 and Q4_1 do; only weights are quantised,
 to bfloat16 before the integers are chosen, so that no later cast moves them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
@@ -31,6 +32,9 @@ class QuantizedWeight:
     data: torch.Tensor
     scale: torch.Tensor
     minimum: Optional[torch.Tensor] = None
+    bits: int = field(init=False, repr=False, compare=False)
+    shape: torch.Size = field(init=False, repr=False, compare=False)
+    group: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         for name in ("data", "scale", "minimum"):
@@ -42,26 +46,26 @@ class QuantizedWeight:
             object.__setattr__(self, name, value)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.data.device
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.data, self.scale, self.minimum) if t is not None)
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
         return self.apply(lambda t: t.to(device))
 
-    def apply(self, function):
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "QuantizedWeight":
         """The weight whose tensors are what the function makes of this one's."""
         return QuantizedWeight(*(None if t is None else function(t) for t in (self.data, self.scale, self.minimum)))
 
-    def integers(self, rows=slice(None)):
+    def integers(self, rows: slice = slice(None)) -> torch.Tensor:
         """q [n, groups, G], int8 or uint8."""
         data = self.data[rows].unflatten(1, (self.scale.shape[1], -1))
         return data if self.bits == 8 else torch.cat((data & 15, data >> 4), -1)
 
-    def dequantize(self, dtype=torch.float32, rows=slice(None)):
+    def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> torch.Tensor:
         """The weight, or the given rows of it, as a plain tensor; computed in float32, rounded once."""
         w = self.integers(rows).float() * self.scale[rows].float().unsqueeze(-1)
         if self.minimum is not None:
@@ -69,7 +73,7 @@ class QuantizedWeight:
         return w.flatten(1).to(dtype)
 
     @property
-    def packed(self):
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(4 bits in the order that PyTorch's CPU kernel wants, its scales and zeros), or None where it has no use. Kept until one
         of the tensors is written to; inference tensors count no versions and are taken to stay."""
         if self.bits == 8 or self.device.type != "cpu" or self.shape[0] % 16:
@@ -84,7 +88,7 @@ class QuantizedWeight:
         zero = self.minimum.float() + 8 * self.scale.float()  # the kernel computes scale (q - 8) + zero
         return order, torch.stack((self.scale.T, zero.to(self.scale.dtype).T), -1).contiguous()
 
-    def linear(self, x, bias=None):
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] times the weight, transposed, plus bias, in x.dtype, by PyTorch alone.
 
         On a CPU a few rows of bfloat16 go through PyTorch's own kernels for 8 and 4 bits; everything else dequantises a part of
@@ -111,7 +115,7 @@ def _linear(x, weight, bias):
     return y if bias is None else y + bias
 
 
-def quantize(weight, bits=8, group=32):
+def quantize(weight: torch.Tensor, bits: int = 8, group: int = 32) -> QuantizedWeight:
     """A `QuantizedWeight` of `weight` [N, K]. bits: 8 (a scale a row) or 4 (a scale and a minimum for every `group` columns, 32,
     64 or 128, of which K is a multiple). Raises ValueError for anything else, and for weights that are not finite."""
     if bits not in (8, 4):

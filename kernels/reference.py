@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from .dispatch import steady
 from .frequencies import rope_tables
+from .quantized import QuantizedWeight
 
 __all__ = [
     "add_rms_norm", "apply_rope", "decode_attention", "decode_linear", "flash_attention", "flash_attention_varlen", "rms_norm",
@@ -30,7 +31,9 @@ def wide(dtype):
 # --- rms_norm: Zhang & Sennrich 2019, arXiv:1910.07467 ---------------------------------------------------------------
 
 
-def rms_norm(x, weight, eps=1e-6, *, offset=0.0, casting="llama"):
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
+) -> torch.Tensor:
     if x.dtype == wide(x.dtype) == getattr(weight, "dtype", None) and not offset:  # no rounding in between: one call
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     y = F.rms_norm(x.to(wide(x.dtype)), x.shape[-1:], None, eps)
@@ -60,7 +63,10 @@ def rms_norm_backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight)
     return (dx if dtotal is None else dx + dtotal).to(x.dtype).contiguous(), dweight
 
 
-def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, casting="llama"):
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6, *, offset: float = 0.0,
+    casting: str = "llama",
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     total = x + residual
     return rms_norm(total, weight, eps, offset=offset, casting=casting), total
 
@@ -105,12 +111,18 @@ def rotate(x, cos, sin, interleaved):
     return turned if rest is None else torch.cat((turned, rest), -1)
 
 
-def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
+def apply_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, positions: torch.Tensor | None = None,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     cos, sin = rows_of("apply_rope", cos, sin, positions, q)
     return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
 
 
-def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=None, interleaved=False):
+def rope_append_(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache: torch.Tensor,
+    v_cache: torch.Tensor, positions: torch.Tensor, *, block_table: torch.Tensor | None = None, interleaved: bool = False,
+) -> torch.Tensor:  # fmt: skip
     cos, sin = rows_of("rope_append_", cos, sin, positions, q)
     q, k = rotate(torch.cat((q, k), 1), cos, sin, interleaved).split((q.shape[1], k.shape[1]), 1)  # half the calls
     append_("rope_append_", k, v, k_cache, v_cache, positions, block_table)
@@ -165,7 +177,7 @@ def _append_inside(k, v, k_cache, v_cache, positions, block_table):
 # --- SwiGLU: Shazeer 2020, arXiv:2002.05202 --------------------------------------------------------------------------
 
 
-def swiglu(gate, up):
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if gate.dtype == up.dtype == wide(gate.dtype):  # no rounding in between
         return F.silu(gate) * up
     return (F.silu(gate.to(wide(gate.dtype))) * up.to(wide(up.dtype))).to(gate.dtype)
@@ -260,7 +272,10 @@ def attention_backward(dout, dlse, q, k, v, out, lse, scale, left, right, softca
     return tuple(t.to(q.dtype) for t in (dq, dk, dv))
 
 
-def flash_attention(q, k, v, *, causal=True, scale=None, window=None, softcap=None, return_lse=False):
+def flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = True, scale: float | None = None,
+    window: int | None = None, softcap: float | None = None, return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     out, lse = attention(q, k, v, scale, *span(causal, window), softcap, return_lse)
     return (out, lse) if return_lse else out
 
@@ -283,9 +298,10 @@ def _cuts(name, starts, tokens):
 
 
 def flash_attention_varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
-    causal=True, scale=None, window=None, softcap=None, return_lse=False,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, causal: bool = True, scale: float | None = None, window: int | None = None,
+    softcap: float | None = None, return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     out, lse = torch.zeros_like(q), q.new_full(q.shape[1::-1], -math.inf, dtype=wide(q.dtype))
     for rows, keys in sequences(cu_seqlens_q, cu_seqlens_k, len(q), len(k)):
         parts = (t[where].transpose(0, 1).unsqueeze(0) for t, where in ((q, rows), (k, keys), (v, keys)))
@@ -321,7 +337,10 @@ def no_page(op, table, pages):
 
 
 @steady
-def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, softcap=None, block_table=None, splits=None):
+def decode_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, *, scale: float | None = None,
+    window: int | None = None, softcap: float | None = None, block_table: torch.Tensor | None = None, splits: int | None = None,
+) -> torch.Tensor:  # fmt: skip
     ends = lengths.tolist()
     if len(set(ends)) > 1:  # row by row: no product may reach what lies beyond a row's length
         rows, paged = [], block_table is not None
@@ -355,7 +374,10 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None, s
 
 
 @steady
-def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=None, bias=None):
+def decode_linear(
+    x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, *, norm: torch.Tensor | None = None, eps: float = 1e-6,
+    residual: torch.Tensor | None = None, activation: str | None = None, bias: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     x = x if norm is None else rms_norm(x, norm, eps)
     y = F.linear(x, weight, bias) if isinstance(weight, torch.Tensor) else weight.linear(x, bias)
     if activation == "swiglu":

@@ -327,7 +327,9 @@ def _check(op, x, weight, eps, offset, casting, **residual):
 
 
 @remembered
-def rms_norm(x, weight, eps=1e-6, *, offset=0.0, casting="llama"):
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
+) -> torch.Tensor:
     """x / rms(x) * (offset + weight) over the last axis; rms(x) = sqrt(mean(x²) + eps).
 
     x: [..., N], float16, bfloat16 or float32, any strides. weight: [N] in any floating dtype, or None for no scaling.
@@ -342,7 +344,10 @@ def rms_norm(x, weight, eps=1e-6, *, offset=0.0, casting="llama"):
 
 
 @remembered
-def add_rms_norm(x, residual, weight, eps=1e-6, *, offset=0.0, casting="llama"):
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6, *, offset: float = 0.0,
+    casting: str = "llama",
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(rms_norm(x + residual), x + residual) in one pass over memory: what stands between two blocks of a transformer.
 
     x, residual: [..., N] of one dtype, any strides. The sum is rounded to their dtype before it is normalised, as two separate

@@ -320,7 +320,10 @@ def _check_cache(op, k, name, cache, paged):
 
 
 @remembered
-def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
+def apply_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, positions: torch.Tensor | None = None,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """q and k rotated by the angles of their tokens' positions, in one launch.
 
     q: [B, Hq, S, D], k: [B, Hk, S, D], float16, bfloat16 or float32, any strides, D at most 256. cos, sin: float32 [P, R/2],
@@ -339,7 +342,10 @@ def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False):
 
 
 @remembered
-def rope_append_(q, k, v, cos, sin, k_cache, v_cache, positions, *, block_table=None, interleaved=False):
+def rope_append_(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache: torch.Tensor,
+    v_cache: torch.Tensor, positions: torch.Tensor, *, block_table: torch.Tensor | None = None, interleaved: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Rotates q and k, writes k and v into the caches at `positions`, and returns the rotated q: one launch.
 
     q, k, cos, sin, interleaved: as in `apply_rope`. v: [B, Hk, S, D]. k_cache, v_cache: [B, Hk, T, D], or pages [pages, Hk, page,

@@ -483,7 +483,7 @@ def _check_vector(op, name, t, dtype, size, like):
 
 
 @remembered
-def embed_next_(ids, table, lengths):
+def embed_next_(ids: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The beginning of a decode step, in one launch: (table[ids] [B, 1, N], positions int32 [B, 1]); lengths are raised by one.
 
     ids: int64 [B]. table: [vocabulary, N], float16, bfloat16 or float32. lengths: int32 [B], the tokens of each row so far, which
@@ -499,9 +499,11 @@ def embed_next_(ids, table, lengths):
 
 @remembered
 def choose_(
-    logits, ids, ended, finished, *, ends, state=None, seen=None, lengths=None, temperature=0.0, top_k=None, top_p=None,
-    min_p=None, repetition_penalty=None,
-):  # fmt: skip
+    logits: torch.Tensor, ids: torch.Tensor, ended: torch.Tensor, finished: torch.Tensor, *, ends: torch.Tensor,
+    state: torch.Tensor | None = None, seen: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
+    temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+    repetition_penalty: float | None = None,
+) -> None:  # fmt: skip
     """The end of a decode step, in one launch: the next id of each row, and all that follows from it. Nothing is returned.
 
     logits: [B, vocabulary], float16, bfloat16 or float32; computed in float32. What is written: ids, int64 [B], the new ids, but

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -11,15 +12,17 @@ from ..kernels.decode import counters
 from ..kernels.dispatch import dependence, next_power_of_2, observe, uses_triton
 from ..kernels.frequencies import same_frequencies
 from ..kernels.sampling import advance, choose_, is_greedy, sample, settle_, start
-from .llama import KVCache
+from .llama import KVCache, Llama
 
 STEPS = 4  # kinds of steps that are kept with a cache
 
 
 def generate(
-    model, input_ids, *, max_new_tokens, temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None,
-    seed=None, eos=None, use_cache=True, cache=None, stream=None,
-):  # fmt: skip
+    model: Llama, input_ids: torch.Tensor | list[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
+    top_k: int | None = None, top_p: float | None = None, min_p: float | None = None, repetition_penalty: float | None = None,
+    seed: int | None = None, eos: int | list[int] | None = None, use_cache: bool = True, cache: KVCache | None = None,
+    stream: Callable[[torch.Tensor], list[bool] | None] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The ids that follow each prompt: int64 [B, n] on the model's device, n <= max_new_tokens.
 
     input_ids: integers [B, S], or a list of B lists of unequal length. A row ends with its first id out of `eos`: None is the
@@ -306,7 +309,7 @@ def capture(work):
 _one_at_a_time = threading.Lock()
 
 
-def warmup(model, *, batch=1, prompt=16, max_length=None):
+def warmup(model: Llama, *, batch: int = 1, prompt: int = 16, max_length: int | None = None) -> dict[str, int]:
     """Compiles what a later `generate` with `batch` rows and a cache of max_length (default: the model's positions, at most 2048)
     launches, by running one with `prompt` tokens, and keeps the captured step if it is greedy. Returns {kernel: how many variants
     were compiled}."""

@@ -8,6 +8,9 @@ S tokens in this call, T tokens a cache can hold, Hq query heads, Hk key/value h
 import contextlib
 import functools
 import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +23,7 @@ from ..kernels.linear import ROWS
 from ..kernels.sampling import embed_next_
 from . import shapes
 from .config import Config
-from .parallel import ALONE
+from .parallel import ALONE, Alone
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -50,7 +53,7 @@ class Llama(nn.Module):
     ranks: where several devices share the model, its part in it; `config` then has the heads and the columns of this part.
     """
 
-    def __init__(self, config, ranks=ALONE):
+    def __init__(self, config: Any, ranks: Alone = ALONE) -> None:
         super().__init__()
         self.ranks, self.config = ranks, ranks.slice(Config.read(config))
         config, vocabulary = self.config, len(ranks.share(self.config.vocab_size))
@@ -72,7 +75,10 @@ class Llama(nn.Module):
         self.register_load_state_dict_pre_hook(_pack)
 
     @classmethod
-    def from_pretrained(cls, source, *, device=None, dtype=None, quantize=None, ranks=ALONE):
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None,
+        quantize: str | None = None, ranks: Alone = ALONE,
+    ) -> "Llama":  # fmt: skip
         """The model behind `source`: a Hugging Face or Meta folder, a .gguf file, a hub id or "smollm2"; in eval mode.
 
         device: a GPU where there is one, else the CPU. dtype: a floating-point torch.dtype; on the CPU float32, or bfloat16 for
@@ -99,7 +105,10 @@ class Llama(nn.Module):
         return model.eval()
 
     @classmethod
-    def random(cls, shape, *, layers=None, device=None, dtype=None, quantize=None, seed=0):
+    def random(
+        cls, shape: Any, *, layers: int | None = None, device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None, quantize: str | None = None, seed: int = 0,
+    ) -> "Llama":  # fmt: skip
         """A model of random weights, in eval mode: to see how fast one runs, which no values decide, without fetching it.
 
         shape: a name in `shapes.SHAPES`, like "llama-3.1-8b", or "llama-3.1-70b-shard" for what one of eight GPUs has of that; or a
@@ -119,7 +128,7 @@ class Llama(nn.Module):
         _draw(model, device, dtype or _lightest(device, quantize) or torch.bfloat16, BITS.get(quantize), seed)
         return model.eval()
 
-    def tensors(self):
+    def tensors(self) -> Iterator[torch.Tensor]:
         """All that the weights are stored in: parameters, and what quantised weights hold."""
         yield from self.parameters()
         for module in self.modules():
@@ -135,7 +144,9 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids, cache=None, positions=None):
+    def forward(
+        self, input_ids: torch.Tensor, cache: "KVCache | None" = None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits [B, S, vocab_size] in float32 of the tokens input_ids [B, S]. cache, positions: as in `hidden_states`."""
         hidden = self.hidden_states(input_ids, cache, positions)
         further = cache is not None and cache.filled > input_ids.shape[1]
@@ -147,7 +158,9 @@ class Llama(nn.Module):
         logits = self.lm_head(hidden) if cpu is None else cpu.decode_linear(hidden, cpu.narrowed_head(self.lm_head.weight, cache))
         return self.ranks.gather(logits.float(), self.config.vocab_size)
 
-    def hidden_states(self, input_ids, cache=None, positions=None):
+    def hidden_states(
+        self, input_ids: torch.Tensor, cache: "KVCache | None" = None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """What the head sees of the tokens input_ids [B, S]: [B, S, N], after the last norm.
 
         cache: a `KVCache` with the tokens before these, to which these are added; no gradients then. positions: [S] or [B, S],
@@ -217,7 +230,9 @@ class KVCache:
     `filled` may then be lowered too, down to the longest row.
     """
 
-    def __init__(self, config, batch, max_length, dtype=torch.float32, device="cpu"):
+    def __init__(
+        self, config: Any, batch: int, max_length: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
         config = Config.read(config)
         for name, value in (("batch", batch), ("max_length", max_length)):
             if not isinstance(value, int) or value < 1:
@@ -254,7 +269,7 @@ class KVCache:
             return (self.lengths - 1)[:, None]
         return self.lengths[:, None] + torch.arange(-tokens, 0, dtype=torch.int32, device=self.lengths.device)
 
-    def reset(self):
+    def reset(self) -> None:
         """Forgets all tokens."""
         self.filled = 0
         self.lengths.zero_()

@@ -26,14 +26,17 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from importlib import metadata
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from .. import kernels
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets for the processes that it starts
 PATIENCE = 45.0  # seconds that a rank is waited for where all should answer at once
 GRACE = 1.0  # seconds in which the cause of a failure may arrive after its consequences
 
@@ -176,19 +179,26 @@ class Slice:
 # --- the ranks of this process's group -------------------------------------------------------------------------------
 
 
-def ranks():
+def ranks() -> "Alone":
     """The Ranks that `join` has made, else ALONE."""
     return _joined or ALONE
 
 
 @contextlib.contextmanager
-def join():
-    """The Ranks of the processes that torchrun started with this one, as a context: leaving it waits for all of them.
+def join() -> Iterator["Alone"]:
+    """The Ranks of the processes that torchrun started with this one, as a context: leaving it waits for all of them. In a process
+    that no torchrun has started (it has no RANK) ALONE, one rank that has everything.
 
     An exception that leaves the context, on any rank, ends the processes of all of them with status 2 and one line on stderr; so
     does the death of one. Raises RuntimeError where the others do not come within PATIENCE seconds.
     """
     global _joined
+    if "RANK" not in os.environ:
+        yield ALONE
+        return
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing:
+        raise RuntimeError(f"RANK is set and {missing[0]} is not, expected all that torchrun sets: {', '.join(TORCHRUN)}")
     group = Ranks()
     try:
         group.connect()
@@ -250,9 +260,8 @@ class Ranks(Alone):
         """The Slice of this rank, once it is clear that all ranks have the same checkpoint, versions and dtype."""
         from .config import Config
 
-        versions = {package: metadata.version(package) for package in ("trillama", "torch")}
         facts = f"{len(checkpoint.names())} tensors whose names, shapes, sizes and config have the digest {checkpoint.digest()}"
-        self.agree(**versions, dtype=dtype, checkpoint=facts)
+        self.agree(trillama=kernels.__version__, torch=torch.__version__, dtype=dtype, checkpoint=facts)
         return Slice(checkpoint, Config.read(checkpoint.config), self)
 
     def agree(self, **facts):

@@ -7,7 +7,11 @@ goes by bytes: every token stands for some, and a character is shown once it is 
 import base64
 import codecs
 import json
+import os
 import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -65,7 +69,7 @@ LARGEST_MODEL = 64 << 20  # bytes of a tokenizer.model; Llama 3's has 2 MB
 class Tokenizer:
     """A model's vocabulary. `bos` and `eos` are token ids or None; `vocab_size` counts all tokens, special ones included."""
 
-    def __init__(self, backend, tokens, template=None):
+    def __init__(self, backend: "tokenizers.Tokenizer", tokens: dict[str, str], template: str | None = None) -> None:
         """backend: a `tokenizers.Tokenizer`. tokens: special tokens by role ("bos_token": "<s>"). template: Jinja source."""
         self._backend, self._tokens, self._template = backend, tokens, template
         self._special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -75,7 +79,7 @@ class Tokenizer:
         self.vocab_size = backend.get_vocab_size()
 
     @classmethod
-    def from_pretrained(cls, source):
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> "Tokenizer":
         """The tokenizer of a folder (tokenizer.json, or Meta's tokenizer.model), a .gguf file, a hub id or a preset."""
         path = locate(source)
         if path.is_file():
@@ -86,7 +90,7 @@ class Tokenizer:
             return cls(*_from_meta(path / "tokenizer.model"))
         raise CheckpointError(f"{path}: holds neither tokenizer.json nor tokenizer.model, one of them is expected")
 
-    def encode(self, text, *, special=False, bos=None):
+    def encode(self, text: str, *, special: bool = False, bos: bool | None = None) -> list[int]:
         """Token ids of a text.
 
         special: whether the name of a special token in the text ("<|im_end|>") stands for that token; else it is text as any
@@ -103,12 +107,12 @@ class Tokenizer:
             raise ValueError("text holds half of a surrogate pair, expected whole characters") from None
         return [self.bos, *ids] if bos else ids
 
-    def decode(self, ids, skip_special=True):
+    def decode(self, ids: Iterable[Any], skip_special: bool = True) -> str:
         """The text of token ids. Bytes that make no character become U+FFFD; ids beyond the vocabulary stand for nothing."""
         stream = self.stream(skip_special)
         return "".join([stream.put(id) for id in getattr(ids, "tolist", lambda: ids)()]) + stream.end()
 
-    def save(self, folder):
+    def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, from which transformers and this class read it."""
         self._backend.encode_special_tokens = False
         self._backend.save(str(folder / "tokenizer.json"))
@@ -117,15 +121,17 @@ class Tokenizer:
         if self._template is not None:
             (folder / "chat_template.jinja").write_text(self._template, encoding="utf-8")
 
-    def token(self, id):
+    def token(self, id: int) -> str:
         """What one id stands for: its text, or the name of a special token."""
         return self._bytes(id, skip_special=False).decode("utf-8", "replace")
 
-    def stream(self, skip_special=True, stop=()):
+    def stream(self, skip_special: bool = True, stop: Sequence[str] = ()) -> "Stream":
         """A Stream, which decodes ids one by one up to the first of the texts in `stop`."""
         return Stream(self, skip_special, stop)
 
-    def apply_chat_template(self, messages, add_generation_prompt=True, *, special=False):
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, *, special: bool = False
+    ) -> list[int]:
         """Token ids of a dialogue, a list of {"role": ..., "content": ...}, in the form that the model was trained on.
 
         add_generation_prompt: whether the ids end with the beginning of the model's answer. special: whether the name of a special
@@ -197,7 +203,7 @@ class Stream:
     beginning of one is held back until it is known not to be. stopped: whether one was met.
     """
 
-    def __init__(self, tokenizer, skip_special, stop=()):
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, stop: Sequence[str] = ()) -> None:
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop is {brief(stop)}, expected a list of texts that are not empty")
         self._tokenizer, self._skip_special, self._stop = tokenizer, skip_special, tuple(stop)
@@ -205,13 +211,13 @@ class Stream:
         self._strip = tokenizer._strip
         self._held, self.stopped = "", False
 
-    def put(self, id):
+    def put(self, id: int) -> str:
         data = self._tokenizer._bytes(int(id), self._skip_special)
         if self._strip and data:  # sentencepiece puts a space before the first word
             data, self._strip = data.removeprefix(b" "), False
         return self._until_stop(self._utf8.decode(data))
 
-    def end(self):
+    def end(self) -> str:
         rest = self._until_stop(self._utf8.decode(b"", final=True)) + self._held
         self._held = ""
         return rest

@@ -1,8 +1,12 @@
 """The package as a user gets it: what is installed, and what importing it does not do."""
 
+import inspect
+import re
 import subprocess
 import sys
 import textwrap
+import typing
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -52,6 +56,93 @@ def test_wheel_holds_the_namespace_and_nothing_else(installed):
         shipped = {p.name for p in (installed / "trillama" / folder).glob("*.py")}
         assert shipped == {p.name for p in (ROOT / folder).glob("*.py")}
     assert list(installed.glob("trillama-*.dist-info/licenses/LICENSE"))
+    assert all((installed / "trillama" / folder / "py.typed").is_file() for folder in ("kernels", "model", "bench"))
+
+
+def test_what_the_wheel_says_of_itself(installed):
+    (package,) = metadata.distributions(name="trillama", path=[str(installed)])
+    said = package.metadata
+    assert (said["Name"], said["License-Expression"], said["Author"]) == ("trillama", "Apache-2.0", "The trillama authors")
+    assert said["Requires-Python"] == ">=3.10"
+    assert said["Description-Content-Type"] == "text/markdown"
+    description = said["Description"] or said.get_payload()
+    assert description.strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    assert "flash-attention" in said["Keywords"]
+    classifiers = said.get_all("Classifier")
+    assert {"Typing :: Typed", *(f"Programming Language :: Python :: 3.{n}" for n in range(10, 14))} <= set(classifiers)
+    assert not any(c.startswith("License ::") for c in classifiers)  # of which PyPI wants none beside an expression
+    assert package.version == _stated_version()
+
+
+def _stated_version():
+    return re.search(r'version="(.+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))[1]
+
+
+def test_one_version(installed, tmp_path):
+    """As installed, and from a checkout that is not: with what setup.py says, whatever else is installed."""
+    code = "import trillama.kernels as k; print(k.__version__)"
+    assert python(code, path=installed, cwd=tmp_path) == _stated_version()
+    checkout = tmp_path / "checkout"
+    (checkout / "trillama").mkdir(parents=True)
+    (checkout / "trillama" / "kernels").symlink_to(checkout / "kernels")
+    (checkout / "kernels").symlink_to(ROOT / "kernels")
+    assert python(code, path=checkout, cwd=tmp_path) == _stated_version()
+    code = """
+        import trillama.kernels as k
+        try:
+            k.versions
+        except AttributeError as error:
+            print(error)
+    """
+    assert python(code, path=installed, cwd=tmp_path) == "module 'trillama.kernels' has no attribute 'versions'"
+    for file in ("CHANGELOG.md", "CITATION.cff"):
+        assert _stated_version() in (ROOT / file).read_text(encoding="utf-8"), file
+
+
+def test_the_source_distribution_has_everything():
+    """Every file of the repository is Python in a package, or named in MANIFEST.in."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("no repository")
+    manifest = (ROOT / "MANIFEST.in").read_text(encoding="utf-8")
+    named = {name for line in re.findall(r"^include (.*)$", manifest, re.M) for name in line.split()}
+    assert named <= set(tracked)
+    by_themselves = {"README.md", "LICENSE", "setup.py", "pyproject.toml", "MANIFEST.in", ".gitignore"}
+    packaged = re.compile(r"(kernels|model|bench)/.*(\.py|py\.typed)|docs/.*\.(md|svg)|tests/.*|bench/results/.*")
+    assert {name for name in tracked if not packaged.fullmatch(name)} <= named | by_themselves
+
+
+def test_public_functions_are_annotated():
+    """All parameters and the result, with what `typing.get_type_hints` can resolve."""
+    import trillama.model
+    from trillama.kernels import reference
+    from trillama.kernels.compat import flash_attn
+    from trillama.model import parallel
+
+    modules = [trillama.kernels, trillama.model, reference, flash_attn]
+    public = [getattr(module, name) for module in modules for name in module.__all__] + [parallel.join]
+    if adapter := optional("trillama.kernels.compat.transformers"):
+        public += [getattr(adapter, name) for name in adapter.__all__]
+    checked = 0
+    for thing in public:
+        functions = [thing]
+        if inspect.isclass(thing):
+            functions = [inspect.unwrap(f) for n, f in vars(thing).items() if callable(f) and n in PUBLIC_METHODS]
+        for function in filter(callable, functions):
+            hints, parameters = typing.get_type_hints(function), inspect.signature(function).parameters
+            assert {*parameters, "return"} - {"self", "cls"} <= set(hints), function
+            checked += 1
+    assert checked > 45
+
+
+PUBLIC_METHODS = ("__init__", "forward", "to", "dequantize", "encode", "decode", "apply_chat_template")
+
+
+def optional(name):
+    try:
+        return __import__(name, fromlist=["_"])
+    except ImportError:
+        return None
 
 
 def test_works_from_the_wheel_in_any_directory(installed, tmp_path):

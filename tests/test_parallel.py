@@ -331,10 +331,24 @@ def test_other_files(tiny_folder, tmp_path):
     assert "checkpoint is 21 tensors whose names, shapes, sizes and config have the digest" in line
 
 
+def test_join_without_torchrun_is_one_rank(tiny_folder, monkeypatch):
+    """What a script does in which the README's lines stand and that is started as any other."""
+    for name in parallel.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    with parallel.join() as ranks:
+        assert ranks is parallel.ranks() is parallel.ALONE
+        shared = Llama.from_pretrained(tiny_folder, device=ranks.device(), ranks=ranks)
+    alone = Llama.from_pretrained(tiny_folder)
+    assert generate(shared, [[1, 2, 3]], max_new_tokens=4).tolist() == generate(alone, [[1, 2, 3]], max_new_tokens=4).tolist()
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RuntimeError, match="RANK is set and WORLD_SIZE is not, expected all that torchrun sets: RANK, WORLD_SIZE"):
+        with parallel.join():
+            pass
+
+
 def test_other_version(tiny_folder, tmp_path):
     world = worlds.World(tmp_path, 2, worlds.other_version, generating(tiny_folder))
-    version = parallel.metadata.version("trillama")
-    ended(world, [0, 1], f"rank 1: {tiny_folder}: trillama is 9.9, but on rank 0 it is {version}")
+    ended(world, [0, 1], f"rank 1: {tiny_folder}: trillama is 9.9, but on rank 0 it is {parallel.kernels.__version__}")
 
 
 # --- torchrun --------------------------------------------------------------------------------------------------------

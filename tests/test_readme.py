@@ -1,6 +1,10 @@
-"""What the README shows, executed: the snippets of "Drop it into your model", and its replacements of Liger's calls."""
+"""What the README shows, executed: its snippets of Python in order, its commands as far as their options, and its replacements of
+Liger's calls."""
 
+import builtins
+import importlib
 import re
+import symtable
 from pathlib import Path
 
 import pytest
@@ -10,21 +14,60 @@ from trillama.kernels import apply_rope, rms_norm, swiglu
 from trillama.kernels.dispatch import INTERPRETED
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-SECTION = re.search(r"## Drop it into your model\n(.*?)\n## ", README, re.S)[1]
-SNIPPETS = re.findall(r"```python\n(.*?)```", SECTION, re.S)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+SNIPPETS = [code for language, code in BLOCKS if language == "python"]
+LINES = [line for language, code in BLOCKS if language in ("bash", "") for line in code.replace(" && ", "\n").splitlines()]
+COMMANDS = [line for line in LINES if re.match(r"trillama \w|python -m trillama|torchrun ", line)]
+
+
+@pytest.fixture(scope="module")
+def pasted():
+    """The names of a session into which one snippet after the other is pasted."""
+    return {}
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("number", range(4))
-def test_snippets_run(number, tmp_path):
-    assert len(SNIPPETS) == 4
-    names = {"torch": torch, "folder": str(tmp_path)}
-    if "transformers" in SNIPPETS[number]:
-        transformers = pytest.importorskip("transformers")
-        sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippets_run_in_order(number, pasted, request, capsys, monkeypatch):
+    """Without network, as they stand; what a comment behind a `print` says is what is printed."""
+    code = SNIPPETS[number]
+    if "transformers" in code:
+        pytest.importorskip("transformers")
+    if '"smollm2"' in code:
+        request.getfixturevalue("smollm2_path")
+        monkeypatch.setenv("TRILLAMA_BACKEND", "reference")  # the step of kernels/cpu.py, compiled, has tests of its own
+    monkeypatch.delenv("RANK", raising=False)
     torch._dynamo.reset()
-    exec(compile(SNIPPETS[number], f"README.md, snippet {number + 1}", "exec"), names)
+    exec(compile(code, f"README.md, snippet {number + 1}", "exec"), pasted)
+    for said in re.findall(r"print\(.*\) +# (.*)", code):
+        assert said in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_each_snippet_has_what_it_names(number):
+    """So that it runs alone as well."""
+    tables = [symtable.symtable(SNIPPETS[number], "README.md", "exec")]
+    made = {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported()}
+    for table in tables:  # grows
+        tables += table.get_children()
+    named = {s.get_name() for table in tables for s in table.get_symbols() if s.is_global() or table.get_type() == "module"}
+    assert named - made <= set(dir(builtins))
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: re.sub(r"\W+", " ", command)[:60].strip())
+def test_commands_have_the_options_that_they_are_given(command, trillama, capsys):
+    module, name = re.search(r"-m (trillama\.bench\.\w+)", command), re.search(r"trillama\)? (\w+)", command)
+    if module:
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(module[1] + (".__main__" if module[1].endswith("hardware") else "")).main(["--help"])
+        status, told = stop.value.code, capsys.readouterr().out
+    else:
+        status, told, _ = trillama(name[1], "--help")
+    assert status == 0
+    asked = re.findall(r"--[a-z][\w-]*", command.removeprefix("torchrun --nproc-per-node"))
+    assert [option for option in asked if option not in told] == []
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Liger's kernels do not run in the interpreter")

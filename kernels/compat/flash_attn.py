@@ -8,7 +8,7 @@ one tensor, whose gradient is packed as well. `flash_attn_with_kvcache` is one t
 differentiable, as there.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
@@ -23,6 +23,9 @@ __all__ = [
     "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_with_kvcache",
 ]  # fmt: skip
+
+# A tensor; where more is asked for, a tuple that begins with it. Any: so that a caller need not take the two apart.
+Result = torch.Tensor | Any
 
 
 def _unsupported(op, dropout_p=0.0, alibi_slopes=None, **others):
@@ -89,9 +92,10 @@ def _varlen(
 
 @remembered
 def flash_attn_func(
-    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
     """softmax(q k^T softmax_scale) v: q [B, S, Hq, D]; k, v [B, T, Hk, D]; returns out [B, S, Hq, D].
 
     softmax_scale: default 1 / sqrt(D). deterministic: these kernels always are. return_attn_probs: returns (out, softmax_lse
@@ -104,9 +108,10 @@ def flash_attn_func(
 
 @remembered
 def flash_attn_qkvpacked_func(
-    qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    qkv: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
     """`flash_attn_func` of qkv [B, S, 3, H, D]."""
     op = "flash_attn_qkvpacked_func"
     q, k, v = _unpacked(op, "qkv", qkv, 3, ("B", "S"))
@@ -115,9 +120,10 @@ def flash_attn_qkvpacked_func(
 
 @remembered
 def flash_attn_kvpacked_func(
-    q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    q: torch.Tensor, kv: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
     """`flash_attn_func` of q [B, S, Hq, D] and kv [B, T, 2, Hk, D]."""
     op = "flash_attn_kvpacked_func"
     k, v = _unpacked(op, "kv", kv, 2, ("B", "T"))
@@ -126,9 +132,12 @@ def flash_attn_kvpacked_func(
 
 @remembered
 def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+) -> Result:  # fmt: skip
     """`flash_attn_func` of sequences packed one behind the other: q [tokens, Hq, D]; k, v [tokens, Hk, D]; cu_seqlens int32
     [batch + 1]. softmax_lse is [Hq, tokens]. A paged k (block_table) is not offered."""
     return _varlen(
@@ -139,9 +148,10 @@ def flash_attn_varlen_func(
 
 @remembered
 def flash_attn_varlen_qkvpacked_func(
-    qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
     """`flash_attn_varlen_func` of qkv [tokens, 3, H, D]."""
     op = "flash_attn_varlen_qkvpacked_func"
     q, k, v = _unpacked(op, "qkv", qkv, 3, ("tokens",))
@@ -153,9 +163,11 @@ def flash_attn_varlen_qkvpacked_func(
 
 @remembered
 def flash_attn_varlen_kvpacked_func(
-    q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    q: torch.Tensor, kv: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
     """`flash_attn_varlen_func` of q [tokens, Hq, D] and kv [tokens, 2, Hk, D]."""
     op = "flash_attn_varlen_kvpacked_func"
     k, v = _unpacked(op, "kv", kv, 2, ("tokens",))
@@ -261,10 +273,13 @@ _with_kvcache_op = register(
 
 @remembered
 def flash_attn_with_kvcache(
-    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
-    cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False,
-):  # fmt: skip
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None, rotary_sin: torch.Tensor | None = None, cache_seqlens: torch.Tensor | int | None = None,
+    cache_batch_idx: torch.Tensor | None = None, cache_leftpad: torch.Tensor | None = None, block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    rotary_interleaved: bool = True, alibi_slopes: torch.Tensor | None = None, num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Result:  # fmt: skip
     """Attention over a cache, after k and v have been appended to it in place.
 
     q: [B, S, Hq, D]. k_cache, v_cache: [B, T, Hk, D], or pages [pages, page, Hk, D] with block_table int32 [B, n]. k, v: new tokens

@@ -28,7 +28,9 @@ import logging
 import types
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.functional import pad
@@ -93,9 +95,11 @@ def _read(mask_function):
 
 
 def attention_mask(
-    batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, config=None,
-    cache_position=None, device=None, allow_is_causal_skip=True, **kwargs,
-):  # fmt: skip
+    batch_size: int, q_length: int | None = None, kv_length: int | None = None, q_offset: int | torch.Tensor = 0,
+    kv_offset: int | torch.Tensor = 0, mask_function: Callable | None = None, attention_mask: torch.Tensor | None = None,
+    config: Any = None, cache_position: torch.Tensor | None = None, device: torch.device | str | None = None,
+    allow_is_causal_skip: bool = True, **kwargs: Any,
+) -> torch.Tensor | Packed | None:  # fmt: skip
     """The mask function behind the name "trillama", called by transformers; see the module's docstring for what it returns."""
     if cache_position is not None:  # 4.57
         q_length, q_offset = cache_position.shape[0], cache_position[0]
@@ -238,9 +242,12 @@ _WITHOUT_MEANING = frozenset(
 
 
 def attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window="unknown", softcap=None, is_causal=None,
-    output_attentions=False, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None, **kwargs,
-):  # fmt: skip
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | Packed | None, dropout: float = 0.0, scaling: float | None = None,
+    sliding_window: int | str | None = "unknown", softcap: float | None = None, is_causal: bool | None = None,
+    output_attentions: bool = False, cu_seq_lens_q: torch.Tensor | None = None, cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None, max_length_k: int | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """The attention function behind the name "trillama", called by transformers: query [B, Hq, S, D], key and value
     [B, Hk, T, D]; returns ([B, S, Hq, D], None), or with output_attentions the weights [B, Hq, S, T] in the place of None.
 
@@ -547,6 +554,7 @@ AttentionMaskInterface.register(NAME, attention_mask)
 FAMILIES = ("Llama", "Mistral", "Phi3", "Qwen2", "Qwen3", "SmolLM3", "Gemma", "Gemma2", "Gemma3")
 _CENTRED = ("Gemma", "Gemma2", "Gemma3")  # their RMSNorm stores weight - 1 and multiplies in float32
 _SILU = ("SiLU", "SiLUActivation")
+M = TypeVar("M", bound=torch.nn.Module)
 _log = logging.getLogger(__name__)
 
 
@@ -688,7 +696,7 @@ def _has_its_own(module):
     return type(module).forward is not _origin(type(module)).forward
 
 
-def patch(model):
+def patch(model: M) -> M:
     """Puts this model's RMSNorm, rotary embedding and (where it is SwiGLU) MLP on trillama's kernels; returns the model.
 
     model: an instance of transformers' Llama, Mistral, Phi-3, Qwen2, Qwen3, SmolLM3 or Gemma families, with any head. Each module
@@ -716,7 +724,7 @@ def patch(model):
     return model
 
 
-def unpatch(model):
+def unpatch(model: M) -> M:
     """Undoes `patch`; returns the model."""
     for module in model.modules():
         if isinstance(module, _Patched):
@@ -724,7 +732,7 @@ def unpatch(model):
     return model
 
 
-def patched(model):
+def patched(model: torch.nn.Module) -> dict[str, int]:
     """How many modules of the model are on trillama's kernels, by the name of their class."""
     return _count(module for module in model.modules() if isinstance(module, _Patched))
 
