@@ -71,6 +71,8 @@ def generate(
         prompt = torch.tensor([row + row[:1] * (longest - len(row)) for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         with own_cache(model, len(rows), longest + max_new_tokens) if own else contextlib.nullcontext(cache) as cache:
+            if cache is not None:
+                cache.streams.pop("compiled", None)  # a turn of a dialogue may be the first with the compiled step
             step = Step(model, cache, prompt, start(seed, len(rows), device), ends, options, own)
             new = _ids(Prefill(model, prompt, lengths, cache), step, longest, max_new_tokens, len(ends) > 0, stream)
         return torch.stack(new, 1) if new else prompt[:, :0]
