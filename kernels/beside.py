@@ -86,8 +86,6 @@ def start(note, command):
 
 
 def watch(note, command):
-    if hasattr(os, "nice"):
-        os.nice(10)
     with lock(note, 2.0) as mine:  # patient enough for those who only look whether it is free
         if not mine or read(note):
             return
@@ -114,5 +112,14 @@ def _outcome(command):
     return next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit status {done.returncode}")
 
 
+def yield_():
+    """Leaves the processor to others: processes as such, and where Linux shares it between sessions this session."""
+    if hasattr(os, "nice"):
+        os.nice(10)
+    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
+        file.write("10")
+
+
 if __name__ == "__main__":
+    yield_()
     watch(Path(sys.argv[1]), sys.argv[2:])

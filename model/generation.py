@@ -310,8 +310,8 @@ _one_at_a_time = threading.Lock()
 
 def warmup(model, *, batch=1, prompt=16, max_length=None):
     """Compiles what a later `generate` with `batch` rows and a cache of max_length (default: the model's positions, at most 2048)
-    launches, by running one with `prompt` tokens, and keeps the captured step if it is greedy. Returns {kernel: how many variants
-    were compiled}."""
+    launches, by running one with `prompt` tokens, and keeps the captured step if it is greedy; on a CPU the step (`Llama.prepare`).
+    Returns {kernel: how many variants were compiled}."""
     before = {}
 
     def variants(kernel):
@@ -324,6 +324,7 @@ def warmup(model, *, batch=1, prompt=16, max_length=None):
     if capturable(model):
         with torch.inference_mode(), own_cache(model, batch, length):
             pass  # leaves it for the next call
+    model.prepare(wait=True)
     with observe(note):
         generate(model, [[0] * prompt] * batch, max_new_tokens=min(4, length - prompt), eos=[])
     return {kernel.__name__.strip("_"): variants(kernel) - count for kernel, count in before.items()}

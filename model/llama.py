@@ -207,9 +207,9 @@ class Llama(nn.Module):
     def prepare(self, wait=False):
         """Whether the machine code that a decode step on a CPU needs is in this process, after it has been loaded from disk.
 
-        Where it is not there a process beside this one compiles it, in half a minute, and PyTorch computes sequences until one
-        begins with the code there. wait: it is compiled here and now: before something is measured, or served. False for a model
-        that has none: small, on a GPU, in float16, without Numba.
+        Where it is not on disk a process beside this one compiles it, in half a minute, and PyTorch computes each sequence that
+        begins before that is done; `generate` asks by itself. wait: it is compiled here and now, before something is measured or
+        served. False too for a model that has none: small, on a GPU, in float16, without Numba.
         """
         norm, head = self.model.norm.weight, self.lm_head.weight
         if norm.device.type != "cpu" or backend() != "auto":

@@ -45,6 +45,16 @@ def counted(monkeypatch):
         yield taken
 
 
+def foreseen(model, *names):
+    """What is compiled beside, for what is foreseen of a model, is what was called: nothing else, and in the same types."""
+    needs = cpu_code.needs(model.model.norm.weight.dtype, model.model.layers, model.lm_head.weight)
+    for need in (need for need in needs if need[0] in names):
+        function, arguments = cpu._code(need)
+        assert arguments in function.overloads
+        assert need in called
+    assert {need[0] for need in needs} >= set(names)
+
+
 # --- the layers ------------------------------------------------------------------------------------------------------
 
 
@@ -99,6 +109,7 @@ def test_low_precision(bits, monkeypatch):
             found[name] = torch.cat([ours(ids[:, t : t + 1], cache) for t in range(20, 30)], 1)
         assert sum(x is not None for x in taken) == (10 if name == "auto" else 0)
     assert oracle.error(found["auto"], expected) < 1.5 * oracle.error(found["reference"], expected) < 0.1
+    foreseen(ours, "_layers")
 
 
 @torch.no_grad()
@@ -314,6 +325,7 @@ def test_a_step_reads_the_copies(kind):
             assert cache.streams[torch.float32].kinds[1].itemsize < 4
             assert cache.streams["head"][2].nbytes == SHARE[kind] * ours.lm_head.weight.nbytes
     assert oracle.error(logits["auto"], expected) < 2 * oracle.error(logits["reference"], expected) + 1e-7
+    foreseen(ours, "_layers", "_product_at", "_copied")
     cache = KVCache(ours.config, 1, 30)
     ours(ids[1:2, :20], cache)
     assert torch.equal(torch.stack([ours.step(ids[1:2, t], cache) for t in range(20, 30)], 1), logits["auto"][1:2])

@@ -43,8 +43,7 @@ def python(program, *arguments):
     ],
 )
 def test_the_end_is_noted(program, outcome, tmp_path, monkeypatch):
-    monkeypatch.setattr(beside, "LIMIT", 1 if "sleep" in program else 60)
-    monkeypatch.setattr(os, "nice", lambda n: None)
+    monkeypatch.setattr(beside, "LIMIT", 1 if "sleep" in program else 300)
     beside.watch(tmp_path / "note", python(program))
     assert beside.read(tmp_path / "note") == outcome
     beside.watch(tmp_path / "note", python("raise SystemExit('a second time')"))
@@ -52,8 +51,7 @@ def test_the_end_is_noted(program, outcome, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such signals")
-def test_who_is_killed_has_not_failed(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "nice", lambda n: None)
+def test_who_is_killed_has_not_failed(tmp_path):
     beside.watch(tmp_path / "note", python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
     assert beside.read(tmp_path / "note") == ""
     beside.watch(tmp_path / "note", python("pass"))
