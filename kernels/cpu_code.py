@@ -197,16 +197,18 @@ def _load(wanted):
 
 def _compiled(wanted, note):
     """The same, after compiling what was not there, one process at a time."""
+    if _load(wanted):
+        return True
+    try:
+        cpu = importlib.import_module(".cpu", __package__)
+    except ImportError:
+        return False
+    _log.warning("compiling the decode step for this CPU, once: up to half a minute")
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # no place for a lock
             stack.enter_context(beside.lock(note, beside.LIMIT))
-        if _load(wanted):
+        if _load(wanted):  # another process has done it meanwhile
             return True
-        try:
-            cpu = importlib.import_module(".cpu", __package__)
-        except ImportError:
-            return False
-        _log.warning("compiling the decode step for this CPU, once: up to half a minute")
         for need in wanted - loaded:
             cpu.compile(need)
             loaded.add(need)
@@ -231,7 +233,8 @@ def _digest(source):
 
 @functools.cache
 def _numba():
-    return metadata.version("numba")
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("numba")
 
 
 @functools.cache

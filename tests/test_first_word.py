@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,6 +178,24 @@ def test_code_that_has_gone_is_asked_for_again(asked, tmp_path, monkeypatch):
     assert not cpu_code.ready({NEED}, tmp_path)
     assert asked == [note]
     assert beside.read(note) == ""
+
+
+def test_who_waits_compiles_here(asked, tmp_path, monkeypatch, caplog):
+    """After whoever is at it, and once: with a place for the note or without; `asked` is nobody."""
+    (tmp_path / "file").touch()
+    compiled = []
+    numba = SimpleNamespace(compile=compiled.append, kept=lambda: True)
+    monkeypatch.setitem(sys.modules, "trillama.kernels.cpu", numba)
+    note = tmp_path / "cpu" / cpu_code._key({NEED})
+    with beside.lock(note):
+        monkeypatch.setattr(beside, "LIMIT", 0.2)  # it hangs
+        assert cpu_code.ready({NEED}, tmp_path, wait=True)
+    assert (compiled, cpu_code.loaded, beside.read(note)) == ([NEED], {NEED}, "done")
+    assert cpu_code.ready({NEED}, tmp_path, wait=True)
+    cpu_code.loaded.clear()
+    assert cpu_code.ready({NEED}, tmp_path / "file", wait=True)
+    assert (asked, len(compiled)) == ([], 2)
+    assert [record.message for record in caplog.records] == ["compiling the decode step for this CPU, once: up to half a minute"] * 2
 
 
 def test_the_key_sees_what_decides_where_code_is(monkeypatch):
