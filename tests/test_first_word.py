@@ -195,7 +195,8 @@ def test_who_waits_compiles_here(asked, tmp_path, monkeypatch, caplog):
     cpu_code.loaded.clear()
     assert cpu_code.ready({NEED}, tmp_path / "file", wait=True)
     assert (asked, len(compiled)) == ([], 2)
-    assert [record.message for record in caplog.records] == ["compiling the decode step for this CPU, once: up to half a minute"] * 2
+    told = "compiling the decode step for this CPU, once: up to half a minute"
+    assert [record.message for record in caplog.records] == [told] * 2
 
 
 def test_the_key_sees_what_decides_where_code_is(monkeypatch):
