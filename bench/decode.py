@@ -399,6 +399,7 @@ def main(argv=None):
     else:
         source = args.model or "smollm2"
         model = Llama.from_pretrained(source, ranks=ranks(), **options)
+    model.prepare(wait=True)
     dtype = model.model.norm.weight.dtype
     longest = max(args.prompt) + args.new
     if longest > model.config.context_length:

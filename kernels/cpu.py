@@ -7,12 +7,10 @@ sums are in float32, in an order that depends on the weight or a sequence's own 
 neighbours. Weights in float32 that a copy in fewer bytes stands for exactly are read as that copy (`narrowed`).
 
 Weights are passed by address: turning a tensor into an array costs more than many of them take to multiply. What these kernels do
-not take (other dtypes, more rows) is left to `reference`. Imported when a step first needs it; the machine code is kept on disk.
+not take (other dtypes, more rows) is left to `reference`, and so is a step whose code is not in this process: see `cpu_code`.
 """
 
-import contextlib
 import functools
-import logging
 import math
 import os
 import threading
@@ -27,11 +25,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import reference
+from . import cpu_code, reference
+from .cpu_code import EIGHT, FOUR, GROUP, UPPER
 from .linear import ROWS
 from .quantized import QuantizedWeight
 
-WORTH = 2**24  # bytes: smaller weights are read in a millisecond, which never pays for seconds of compiling
 CHUNK = 8  # rows of a weight that a core takes at a time
 SPLIT = 128  # keys that a core takes at a time
 WHOLE = 2**31 - 1  # the columns that share a scale where a row has one
@@ -418,9 +416,6 @@ def _attend(q, k, v, lengths, window, out):
 # need, and a step costs what reading them costs. So a step reads a copy in fewer bytes where there is one that stands for exactly
 # these values, found by looking at them, and looked at again at the beginning of every sequence: weights may have changed.
 
-COPIES = FOUR, EIGHT, UPPER = range(3)  # scale q + minimum, q in 4 bits (Q4_0, Q4_1); scale q in 8 (Q8_0); bfloat16
-GROUP = 32
-
 _exact = numba.njit(nogil=True, error_model="numpy")
 
 
@@ -530,7 +525,7 @@ def _stand(form, pairs, new):
         scales = (_address(t, torch.float32) for t in (scale, minimum))
         whole, step = (form, new, weight.data_ptr(), data.data_ptr(), *scales, N, K), max(1, 2**18 // K)
         parts += [(whole, begin, min(step, N - begin)) for begin in range(0, N, step)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads, _patience(_copied, ()):
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         return all(threads.map(part, *zip(*parts)))
 
 
@@ -561,14 +556,8 @@ _copies = WeakTensorKeyDictionary()  # weight: (form, its copy)
 def narrowed(weights):
     """What a step reads instead of the weights: copies in fewer bytes that stand for exactly their values, all of one form, or the
     weights themselves."""
-    plain = all(isinstance(w, torch.Tensor) and w.dtype == torch.float32 and w.is_contiguous() for w in weights)
-    if not plain or sum(w.nbytes for w in weights) < WORTH:
-        return weights
-    forms = COPIES if all(w.shape[1] % GROUP == 0 for w in weights) else (UPPER,)
-    for form in forms:
-        if _stand(form, [(w, _empty(form, 1, w.shape[1])) for w in weights], True):  # their first rows
-            break
-    else:
+    form = cpu_code.form_of(weights)
+    if form is None or not cpu_code.has(("_copied",)):
         return weights
     kept = [_copies.pop(w, (None, None)) for w in weights]
     copies = [copy for known, copy in kept if known == form]
@@ -589,7 +578,10 @@ def narrowed_head(weight, cache):
         return weight
     known = cache.streams.get("head")
     if known is None or known[0] is not weight or known[1] != weight.data_ptr():
-        known = cache.streams["head"] = weight, weight.data_ptr(), narrowed([weight])[0]
+        (copy,) = narrowed([weight])
+        if weight.nbytes >= cpu_code.WORTH:
+            cpu_code.has(_need("_product_at", weight.dtype, _addresses(copy, None, weight.dtype)[0]))
+        known = cache.streams["head"] = weight, weight.data_ptr(), copy
     return known[2]
 
 
@@ -677,8 +669,9 @@ class _Plan:
             formats.add(form)
         if len(formats) != 1:
             raise _Misfit
-        (weight, scale, self.group) = formats.pop()
-        self.kinds = _KIND[dtype], _KIND[weight], _KIND[scale]
+        form = formats.pop()
+        (weight, scale, self.group) = form
+        self.kinds, self.ready = (_KIND[dtype], _KIND[weight], _KIND[scale]), cpu_code.has(_need("_layers", dtype, form))
         norms = []
         for at, block, keys, values in zip(self.table, blocks, cache.k, cache.v):
             attention = block.self_attn
@@ -725,12 +718,14 @@ def decode_layers(x, blocks, rope, positions, cache):
     attention, mlp = first.self_attn, first.mlp
     if dtype not in (torch.float32, torch.bfloat16) or B * S > ROWS or _Pool.lost:
         return None
-    if len(blocks) * mlp.gate_up_proj.weight.nbytes < WORTH:
+    if not cpu_code.worth(blocks):
         return None
     if any(m._forward_hooks or m._forward_pre_hooks for block in blocks for m in (block, block.self_attn)):
         return None
     try:
         plan = _plan(dtype, blocks, cache)
+        if not plan.ready:
+            return None
         plan.turn(rope)
         positions, lengths = positions.contiguous(), _address(cache.lengths, torch.int32)
         positions_at = _address(positions, torch.int32)
@@ -769,9 +764,12 @@ def decode_linear(x, weight, *, norm=None, eps=1e-6, residual=None, activation=N
     """As `reference.decode_linear`, which also computes what the kernels do not take."""
     M, (N, K) = x.shape[:-1].numel(), weight.shape
     try:
-        if x.dtype not in (torch.float32, torch.bfloat16) or not 0 < M <= ROWS or _Pool.lost or weight.nbytes < WORTH:
+        if x.dtype not in (torch.float32, torch.bfloat16) or not 0 < M <= ROWS or _Pool.lost or weight.nbytes < cpu_code.WORTH:
             raise _Misfit
-        (kind, scale, group), addresses = _addresses(weight, bias, x.dtype)
+        form, addresses = _addresses(weight, bias, x.dtype)
+        if _need("_product_at", x.dtype, form) not in cpu_code.loaded:
+            raise _Misfit
+        kind, scale, group = form
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         norm_at, residual_at = _address(norm, x.dtype), _address(residual, x.dtype)
     except _Misfit:
@@ -808,29 +806,52 @@ def _run(kernel, *arguments):
         threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
         if threads != numba.get_num_threads():
             numba.set_num_threads(threads)
-        with _patience(kernel, arguments[0]):
-            return kernel(*arguments)
+        return kernel(*arguments)
 
 
-@contextlib.contextmanager
-def _patience(kernel, kinds):
-    """Says once what takes so long, if the kernel has to be compiled for such arguments."""
-    kinds = kernel, *(kind.dtype for kind in kinds)
-    if kinds in _known:
-        yield
-        return
-    timer = threading.Timer(2, _tell)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-    _known.add(kinds)
+# --- the code ----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _tell():
-    logging.getLogger(__name__).warning("compiling the decode step for this CPU, once: up to half a minute")
+def _need(name, dtype, form):
+    """The need, as `cpu_code` has it, of activations in this dtype and of weights as `_addresses` says that they are."""
+    return name, *(str(t).removeprefix("torch.") for t in (dtype, *form[:2]))
 
 
-_known = set()
+def _code(need):
+    """The function, and the types of its arguments, that a need stands for."""
+    name, *dtypes = need
+    kinds = numba.typeof(tuple(_KIND[getattr(torch, dtype)] for dtype in dtypes))
+    number, real, flag = types.int64, types.float64, types.boolean
+
+    def numbers(n):
+        return types.UniTuple(number, n)
+
+    arguments = {
+        "_copied": (number, flag, *[number] * 8),
+        "_layers": (
+            kinds, number, numbers(4), types.Array(number, 2, "C"), number, number, numbers(8), numbers(2), number, real, flag,
+        ),
+        "_product_at": (kinds, number, number, real, numbers(4), *[number] * 6, flag),
+    }  # fmt: skip
+    return globals()[name], arguments[name]
+
+
+def load(need):
+    """Whether its code is on disk, from where it is taken."""
+    function, arguments = _code(need)
+    if function._cache.load_overload(arguments, function.targetctx) is None:
+        return False
+    function.compile(arguments)
+    return True
+
+
+def compile(need):
+    """Compiles it, unless it is on disk, and keeps it there."""
+    function, arguments = _code(need)
+    function.compile(arguments)
+
+
+def kept():
+    """Whether there is a folder in which Numba keeps code."""
+    return _layers.stats.cache_path is not None

@@ -116,6 +116,7 @@ def main(argv=None):
 
         model = cli.load_model(options)
         generate(model, [[0]], **{**cli.sampling(options), "max_new_tokens": min(0, options.max_new_tokens)})
+        model.prepare()  # what has to be compiled is compiled while the first line is written
         converse(Dialogue(model, tokenizer, system=options.system, stop=options.stop, **cli.sampling(options)))
     return 0
 

@@ -220,6 +220,8 @@ def _generate(options):
 
         ids = encoded(tokenizer, options.prompt, options.chat)
         model = load_model(options)
+        if not options.no_cache:
+            model.prepare()
         answers, clock = [Answer(tokenizer, model, options.stop) for _ in range(samples)], [time.perf_counter()]
 
         def show(new):

@@ -74,6 +74,8 @@ def generate(
         prompt = torch.tensor([row + row[:1] * (longest - len(row)) for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         with own_cache(model, len(rows), longest + max_new_tokens) if own else contextlib.nullcontext(cache) as cache:
+            if cache is not None:
+                cache.streams.pop("compiled", None)  # a turn of a dialogue may be the first with the compiled step
             step = Step(model, cache, prompt, start(seed, len(rows), device), ends, options, own)
             new = _ids(Prefill(model, prompt, lengths, cache), step, longest, max_new_tokens, len(ends) > 0, stream)
         return torch.stack(new, 1) if new else prompt[:, :0]
@@ -311,8 +313,8 @@ _one_at_a_time = threading.Lock()
 
 def warmup(model: Llama, *, batch: int = 1, prompt: int = 16, max_length: int | None = None) -> dict[str, int]:
     """Compiles what a later `generate` with `batch` rows and a cache of max_length (default: the model's positions, at most 2048)
-    launches, by running one with `prompt` tokens, and keeps the captured step if it is greedy. Returns {kernel: how many variants
-    were compiled}."""
+    launches, by running one with `prompt` tokens, and keeps the captured step if it is greedy; on a CPU the step (`Llama.prepare`).
+    Returns {kernel: how many variants were compiled}."""
     before = {}
 
     def variants(kernel):
@@ -325,6 +327,7 @@ def warmup(model: Llama, *, batch: int = 1, prompt: int = 16, max_length: int | 
     if capturable(model):
         with torch.inference_mode(), own_cache(model, batch, length):
             pass  # leaves it for the next call
+    model.prepare(wait=True)
     with observe(note):
         generate(model, [[0] * prompt] * batch, max_new_tokens=min(4, length - prompt), eos=[])
     return {kernel.__name__.strip("_"): variants(kernel) - count for kernel, count in before.items()}

@@ -6,7 +6,6 @@ S tokens in this call, T tokens a cache can hold, Hq query heads, Hk key/value h
 """
 
 import contextlib
-import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from .. import kernels
-from ..kernels import QuantizedWeight, add_rms_norm, apply_rope, flash_attention, quantize, rms_norm, rope_tables, swiglu
+from ..kernels import QuantizedWeight, add_rms_norm, apply_rope, cpu_code, flash_attention, quantize, rms_norm, rope_tables, swiglu
 from ..kernels.dispatch import backend, unwatched
 from ..kernels.frequencies import same_frequencies
 from ..kernels.linear import ROWS
@@ -24,6 +23,7 @@ from ..kernels.sampling import embed_next_
 from . import shapes
 from .config import Config
 from .parallel import ALONE, Alone
+from .presets import cache_folder
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -35,16 +35,11 @@ def ops(x):
 
 
 def compiled(x):
-    """`kernels.cpu`, where it stands for the reference: on a CPU with Numba, unless the reference is asked for by name."""
-    return _cpu() if x.device.type == "cpu" and backend() == "auto" and unwatched(x) else None
-
-
-@functools.cache
-def _cpu():
-    try:
-        return importlib.import_module("..kernels.cpu", __package__)
-    except ImportError:  # Numba is not installed, or does not fit the rest
+    """`kernels.cpu`, where it stands for the reference: on a CPU, with code in this process, unless the reference is asked for by
+    name."""
+    if x.device.type != "cpu" or not cpu_code.loaded or backend() != "auto" or not unwatched(x):
         return None
+    return importlib.import_module("..kernels.cpu", __package__)
 
 
 class Llama(nn.Module):
@@ -154,7 +149,7 @@ class Llama(nn.Module):
 
     def head(self, hidden, cache=None):
         """Logits [..., vocab_size] in float32 of hidden states [..., N]. cache: of a sequence that these tokens continue."""
-        cpu = compiled(hidden) if cache is not None and hidden.shape[:-1].numel() <= ROWS else None
+        cpu = self.compiled(hidden, cache) if cache is not None and hidden.shape[:-1].numel() <= ROWS else None
         logits = self.lm_head(hidden) if cpu is None else cpu.decode_linear(hidden, cpu.narrowed_head(self.lm_head.weight, cache))
         return self.ranks.gather(logits.float(), self.config.vocab_size)
 
@@ -178,12 +173,13 @@ class Llama(nn.Module):
                 positions = cache.advance(B, S)
             rope = self.rope(length, length if cache is None else cache.max_length, input_ids.device)
             x = self.ranks.embed(self.model.embed_tokens, input_ids, self.config.vocab_size)
+            self.compiled(x, cache)
             return self.model.norm(*self.blocks(x, rope, positions, cache))[0]
 
     def blocks(self, x, rope, positions, cache):
         """What the last norm takes: x and the residual to be added to it, or None."""
         few = cache is not None and x.shape[:-1].numel() <= ROWS and self.ranks.size == 1
-        cpu = compiled(x) if few else None
+        cpu = self.compiled(x, cache) if few else None
         through = cpu.decode_layers(x, self.model.layers, rope, positions, cache) if cpu else None
         if through is not None:
             return through, None
@@ -208,9 +204,31 @@ class Llama(nn.Module):
         x, residual = self.blocks(x, rope, positions, cache)
         if residual is not None:
             return head(norm(x, residual)[0])[:, 0]
-        cpu = compiled(x)
+        cpu = self.compiled(x, cache)
         weight = head.weight if cpu is None else cpu.narrowed_head(head.weight, cache)
         return (cpu or ops(x)).decode_linear(x[:, 0], weight, norm=norm.weight, eps=norm.eps)
+
+    def compiled(self, x, cache):
+        """`kernels.cpu`, where it computes the sequence in the cache: from its beginning on or not at all."""
+        if cache is None or x.device.type != "cpu" or backend() != "auto" or not unwatched(x):
+            return None
+        if "compiled" not in cache.streams:
+            cache.streams["compiled"] = self.prepare()
+        return compiled(x) if cache.streams["compiled"] else None
+
+    @torch.no_grad()
+    def prepare(self, wait=False):
+        """Whether the machine code that a decode step on a CPU needs is in this process, after it has been loaded from disk.
+
+        Where it is not on disk a process beside this one compiles it, in half a minute, and PyTorch computes each sequence that
+        begins before that is done; `generate` asks by itself. wait: it is compiled here and now, before something is measured or
+        served. False too for a model that has none: small, on a GPU, in float16, without Numba.
+        """
+        norm, head = self.model.norm.weight, self.lm_head.weight
+        if norm.device.type != "cpu" or backend() != "auto":
+            return False
+        blocks = self.model.layers if self.ranks.size == 1 else ()
+        return cpu_code.ready(cpu_code.needs(norm.dtype, blocks, head), cache_folder(), wait)
 
     @torch.no_grad()
     def streamed(self, batch=1):

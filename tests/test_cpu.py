@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from trillama.bench import oracle
-from trillama.kernels import quantize, reference, rms_norm, use_backend
+from trillama.kernels import cpu_code, quantize, reference, rms_norm, use_backend
 from trillama.model import KVCache, generate
 
 cpu = pytest.importorskip("trillama.kernels.cpu", reason="Numba is not installed")
@@ -14,10 +14,24 @@ test_model = pytest.importorskip("test_model", reason="transformers is not insta
 pytestmark = pytest.mark.host
 
 
+class Everything(set):
+    """All that may be needed: what is not compiled yet, Numba compiles as it is called."""
+
+    def __contains__(self, need):
+        return True
+
+    def __bool__(self):
+        return True
+
+    def issuperset(self, needs):
+        return True
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Small models are worth compiling for here. PyTorch's path for the CPU: what environments say of backends does not count."""
-    monkeypatch.setattr(cpu, "WORTH", 0)
+    """Small models are worth compiling for here, at once. What environments say of backends does not count."""
+    monkeypatch.setattr(cpu_code, "WORTH", 0)
+    monkeypatch.setattr(cpu_code, "loaded", Everything())
     with use_backend("auto"):
         yield
 
@@ -29,6 +43,15 @@ def counted(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "decode_layers", lambda *a: taken.append(whole(*a)) or taken[-1])
         yield taken
+
+
+def foreseen(model, *names):
+    """What is compiled beside, for what is foreseen of a model, is what was called: nothing else, and in the same types."""
+    needs = cpu_code.needs(model.model.norm.weight.dtype, model.model.layers, model.lm_head.weight)
+    for need in (need for need in needs if need[0] in names):
+        function, arguments = cpu._code(need)
+        assert arguments in function.overloads
+    assert {need[0] for need in needs} >= set(names)
 
 
 # --- the layers ------------------------------------------------------------------------------------------------------
@@ -85,6 +108,7 @@ def test_low_precision(bits, monkeypatch):
             found[name] = torch.cat([ours(ids[:, t : t + 1], cache) for t in range(20, 30)], 1)
         assert sum(x is not None for x in taken) == (10 if name == "auto" else 0)
     assert oracle.error(found["auto"], expected) < 1.5 * oracle.error(found["reference"], expected) < 0.1
+    foreseen(ours, "_layers")
 
 
 @torch.no_grad()
@@ -146,7 +170,7 @@ def test_what_it_leaves_to_the_blocks(monkeypatch):
     weight.data = weight.data.contiguous()
     assert not taken(ours.half(), torch.float16)
     ours.float()
-    monkeypatch.setattr(cpu, "WORTH", 2**40)
+    monkeypatch.setattr(cpu_code, "WORTH", 2**40)
     assert not taken()
 
 
@@ -300,6 +324,7 @@ def test_a_step_reads_the_copies(kind):
             assert cache.streams[torch.float32].kinds[1].itemsize < 4
             assert cache.streams["head"][2].nbytes == SHARE[kind] * ours.lm_head.weight.nbytes
     assert oracle.error(logits["auto"], expected) < 2 * oracle.error(logits["reference"], expected) + 1e-7
+    foreseen(ours, "_layers", "_product_at", "_copied")
     cache = KVCache(ours.config, 1, 30)
     ours(ids[1:2, :20], cache)
     assert torch.equal(torch.stack([ours.step(ids[1:2, t], cache) for t in range(20, 30)], 1), logits["auto"][1:2])

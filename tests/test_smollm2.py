@@ -42,7 +42,10 @@ def tokenizer(smollm2_gguf):
 
 @pytest.fixture(scope="module")
 def model(smollm2_gguf):
-    return Llama.from_pretrained(smollm2_gguf, device="cpu", dtype=torch.float32)
+    model = Llama.from_pretrained(smollm2_gguf, device="cpu", dtype=torch.float32)
+    with use_backend("auto"):
+        model.prepare(wait=True)  # the compiled step is what is tested, not whatever is ready by then
+    return model
 
 
 @pytest.fixture(scope="module")
