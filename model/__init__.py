@@ -1,6 +1,12 @@
 """A thin model on the kernels: checkpoints of several families and formats in, text out."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .generation import generate, warmup
+    from .llama import KVCache, Llama
+    from .tokenizer import Tokenizer
 
 _HOMES = {"KVCache": ".llama", "Llama": ".llama", "Tokenizer": ".tokenizer", "generate": ".generation", "warmup": ".generation"}
 __all__ = ["KVCache", "Llama", "Tokenizer", "generate", "warmup"]
