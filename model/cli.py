@@ -41,12 +41,14 @@ def status(command):
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone: `trillama ... | head`
-        _drop_output()
+        _drop(sys.stdout)
         return 141
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         reason = _reason(error)
-        with contextlib.suppress(OSError):  # where stderr cannot be written either, the status must do
+        try:
             print(f"trillama: error: {reason}", file=sys.stderr)
+        except OSError:  # the status must do
+            _drop(sys.stderr)
         return 2
 
 
@@ -55,16 +57,16 @@ def _reason(error):
     try:
         sys.stdout.flush()
     except OSError as full:  # what has been printed cannot be written: that is what went wrong
-        _drop_output()
+        _drop(sys.stdout)
         return f"standard output: {full.strerror}"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _drop_output():
+def _drop(stream):
     """What is still to be printed goes nowhere: Python would complain at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _open_streams():
@@ -132,13 +134,18 @@ class Parser(argparse.ArgumentParser):
             self.error(f"there is no option {unknown[0]}{hint}" if unknown[0].startswith("-") else f"unexpected: {' '.join(rest)}")
         return options
 
+    def _print_message(self, message, file=None):  # argparse's own says nothing where it cannot be written
+        (file or sys.stderr).write(message or "")
+
     def error(self, message):
         self.exit(2, f"trillama: error: {message} (see {self.prog} --help)\n")
 
 
 def nearest(name, known):
     """The one of the known names that may have been meant, as the end of a sentence."""
-    close = [other for other in known if other.startswith(name)] or difflib.get_close_matches(name, known, 1)
+    words = {other.lstrip("-"): other for other in known}  # two dashes are not what names have in common
+    close = [other for other in known if other.startswith(name)]
+    close += [words[word] for word in difflib.get_close_matches(name.lstrip("-"), words, 1)]
     return f", did you mean {close[0]}?" if close else ""
 
 
