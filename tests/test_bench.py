@@ -267,6 +267,29 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_runs(trillama, tm
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
 
 
+def test_backend_of_a_benchmark(trillama, monkeypatch):
+    from trillama.kernels import dispatch
+
+    monkeypatch.setattr(decode, "run", lambda args: print(dispatch.backend()))
+    assert trillama("bench", "--backend", "triton") == (0, "triton\n", "")
+    assert trillama("bench") == (0, "reference\n", "")  # of the environment
+    monkeypatch.delenv("TRILLAMA_BACKEND")
+    assert trillama("bench") == (0, "auto\n", "")
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    from trillama.bench import plots
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"x\.json: No space left on device$"):
+        files.rewrite(tmp_path / "x.json", "new")
+    with pytest.raises(OSError, match=r"x\.png: No space left on device$"):
+        plots.save(types.SimpleNamespace(savefig=full), tmp_path / "x.png")
+
+
 def test_a_plot_needs_matplotlib_before_anything_runs(trillama, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(Llama, "from_pretrained", None)

@@ -131,7 +131,7 @@ def test_attention_command(trillama, tiny_folder, tmp_path):
         (["--attention", "a", "--layer", 2], "--layer is 2, expected 0 to 1"),
         (["--attention", "a", "--head", -1], "--head is -1"),
         (["--attention", ""], "PROMPT is empty"),
-        (["--plot", "x.png"], "--plot draws an attention map, expected --attention PROMPT"),
+        (["--plot", "x.png"], "--plot is of an attention map, expected --attention PROMPT"),
         (["--attention", "a", "--plot", f"{__file__}/x.png"], "x.png, expected a file that can be written"),
         (["--attention", "a", "--plot", "x.doc"], "doc"),
         (["--device", "toaster"], "--device is 'toaster'"),
