@@ -191,7 +191,7 @@ def test_a_shape_from_the_command_line(trillama, small, tmp_path):
         (("--threads", 0), "--threads is 0, expected at least 1"),
         (("--threads", -2), "--threads is -2, expected at least 1"),
         (("--shape", "llama-3.1-8b", "--model", "smollm2"), "not allowed with"),
-        (("--shape", "smollm2-135m", "--layers", 0), "num_hidden_layers is 0"),
+        (("--shape", "smollm2-135m", "--layers", 0), "--layers is 0, expected at least 1"),
     ],
 )
 def test_mistakes(trillama, line, message):
