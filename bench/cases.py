@@ -7,14 +7,17 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-from .. import kernels
-from ..kernels import QuantizedWeight
+from ..model.later import later
 from ..model.shapes import MODELS
 from ..model.shapes import Model as Model
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+torch, kernels = later("torch"), later("..kernels", __package__)
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # and what torch calls them
+
+
+def torch_dtype(name):
+    """The torch.dtype of a name in DTYPES."""
+    return getattr(torch, DTYPES[name])
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Case:
 
     @property
     def itemsize(self):
-        return DTYPES[self.dtype].itemsize
+        return torch_dtype(self.dtype).itemsize
 
     @property
     def name(self):
@@ -62,8 +65,8 @@ class Case:
 
         def make(*shape):
             if empty:
-                return torch.empty(shape, dtype=DTYPES[self.dtype], device=device)
-            return torch.randn(shape, device=device).to(DTYPES[self.dtype])
+                return torch.empty(shape, dtype=torch_dtype(self.dtype), device=device)
+            return torch.randn(shape, device=device).to(torch_dtype(self.dtype))
 
         return form(self.op).inputs(self, make)
 
@@ -92,7 +95,7 @@ class Case:
         """Bytes that the arguments take, whole caches and tables included."""
         storages = {}
         for value in self.inputs("meta", empty=True).values():
-            for t in (value.data, value.scale, value.minimum) if isinstance(value, QuantizedWeight) else (value,):
+            for t in (value.data, value.scale, value.minimum) if isinstance(value, kernels.QuantizedWeight) else (value,):
                 if isinstance(t, torch.Tensor):
                     storages[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return sum(storages.values())
@@ -212,7 +215,7 @@ def _down_quantised(bits):
         a, (N, K) = _down(c, make), (c.m.hidden, c.m.ffn)
         data = make(N, K if bits == 8 else K // 2).to(torch.int8 if bits == 8 else torch.uint8)
         scales = [make(N, 1)] if bits == 8 else [make(N, K // 32), make(N, K // 32)]
-        return {**a, "weight": QuantizedWeight(data, *(scale.to(torch.bfloat16) for scale in scales))}
+        return {**a, "weight": kernels.QuantizedWeight(data, *(scale.to(torch.bfloat16) for scale in scales))}
 
     return inputs
 

@@ -8,7 +8,7 @@ import torch
 
 from .. import kernels
 from ..kernels import dispatch, use_backend
-from .cases import DTYPES, OPS, Case, case
+from .cases import OPS, Case, case, torch_dtype
 
 SAME_EVERYWHERE = ("quantize", "rope_tables")  # computed once, by torch alone
 
@@ -90,7 +90,7 @@ def check(op, device):
         with use_backend("triton"):
             found = outcome(c, device)
         for i, (f, p, e) in enumerate(zip(found, plain, exact)):
-            got, allowed = error(f, e), 2 * max(error(p, e), torch.finfo(DTYPES[dtype]).eps / 4)
+            got, allowed = error(f, e), 2 * max(error(p, e), torch.finfo(torch_dtype(dtype)).eps / 4)
             if not got <= allowed:
                 yield f"{c.name}: tensor {i} is {got:.1e} from float64, allowed {allowed:.1e}, twice the reference's in {dtype}"
                 return

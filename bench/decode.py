@@ -5,6 +5,7 @@ beside its bound. Two numbers are never mixed here: the time to the first token 
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -15,19 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-from ..kernels.dispatch import backend, why_not_triton
-from ..model import Llama, cli, generate
-from ..model.checkpoint import open_checkpoint
-from ..model.llama import unpacked
-from ..model.parallel import ranks
+from .. import model as package
+from ..model import cli
+from ..model.later import later
 from ..model.shapes import SHAPES, config
-from . import cache_study, files, plots
+from . import files, plots
 from .roofline import datasheet
-from .timing import copy_bandwidth
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NEEDED = "--against hf needs transformers: pip install 'trillama[transformers]'"
+
+torch, parallel = later("torch"), later("..model.parallel", __package__)
 
 
 # --- what has to be moved --------------------------------------------------------------------------------------------
@@ -53,6 +51,8 @@ def streaming_bandwidth(device, size=1 << 28):
     """Bytes a second at which this machine moves memory. A CPU: in one long read, the best of several, with all threads. A GPU: in
     one long copy, read and written, on its own clock."""
     if device.type == "cuda":
+        from .timing import copy_bandwidth
+
         return copy_bandwidth(device)
     x, best = torch.ones(size // 4), math.inf
     for _ in range(8):
@@ -91,7 +91,7 @@ class Clock:
 
 def ours(model, ids, new):
     clock = Clock(ids.device)
-    generate(model, ids, max_new_tokens=new, eos=[], stream=clock.tick)
+    package.generate(model, ids, max_new_tokens=new, eos=[], stream=clock.tick)
     return clock.intervals()
 
 
@@ -100,7 +100,7 @@ def transformers_twin(config, weights, device):
     try:
         import transformers
     except ImportError:
-        raise ValueError("--against hf needs transformers: pip install 'trillama[transformers]'") from None
+        raise ValueError(NEEDED) from None
 
     transformers.logging.set_verbosity_error()
     config = transformers.AutoConfig.for_model(**config)
@@ -141,6 +141,8 @@ def transformers_twin(config, weights, device):
 
 def stored(source, dtype, device):
     """(config, weights) of a checkpoint, as `transformers_twin` takes them."""
+    from ..model.checkpoint import open_checkpoint
+
     with open_checkpoint(source) as checkpoint:
         weights = {name: checkpoint.load(name).to(device=device, dtype=dtype, copy=True) for name in checkpoint.names()}
         return checkpoint.config, weights
@@ -148,6 +150,8 @@ def stored(source, dtype, device):
 
 def lent(model):
     """The weights of our model under Hugging Face's names, where they are; those of quantised ones in the model's dtype."""
+    from ..model.llama import unpacked
+
     weights, dtype = {}, model.model.norm.weight.dtype
     packed = model.config.model_type == "phi3"  # which has q, k, v and gate, up in one matrix itself
     whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -158,13 +162,13 @@ def lent(model):
     return weights
 
 
-@torch.inference_mode()
 def step_by_step(model, ids, new, clock):
     cache, step = None, ids
-    for _ in range(new):
-        result = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, step = result.past_key_values, result.logits[:, -1].argmax(-1, keepdim=True)
-        clock.tick()
+    with torch.inference_mode():
+        for _ in range(new):
+            result = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, step = result.past_key_values, result.logits[:, -1].argmax(-1, keepdim=True)
+            clock.tick()
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -231,6 +235,8 @@ def peak_memory(device):
 
 
 def card(model, source, dtype, device, bandwidth):
+    from ..kernels.dispatch import backend, why_not_triton
+
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     triton = backend() == "triton" or (backend() == "auto" and cuda and why_not_triton(device) is None)
@@ -302,7 +308,7 @@ def written(file, about, rows):
     """Yields the rows, each when it is in the file (None: nowhere) beside those before it and `about`: whatever ends the command
     leaves what there is. What cannot be rewritten, a pipe or a device, gets all of it at the end."""
     done = []
-    again = file and ranks().rank == 0 and (Path(file).is_file() or not Path(file).exists())
+    again = file and first() and (Path(file).is_file() or not Path(file).exists())
     try:
         for row in rows:
             done.append(row)
@@ -310,8 +316,8 @@ def written(file, about, rows):
                 files.rewrite(file, json.dumps({**about, "rows": done}, indent=2))
             yield row
     finally:
-        if file and ranks().rank == 0 and not again:
-            Path(file).write_text(json.dumps({**about, "rows": done}, indent=2), encoding="utf-8")
+        if file and first() and not again:
+            files.rewrite(file, json.dumps({**about, "rows": done}, indent=2))
 
 
 def plot(rows, path, against):
@@ -357,9 +363,8 @@ def parser():
     p.add_argument("--prompt", type=integers, default=[64], metavar="64,512", help="prompt lengths in tokens")
     p.add_argument("--new", type=int, default=128, help="tokens to generate in each run")
     p.add_argument("--rounds", type=int, default=3, help="runs of each row")
-    p.add_argument(
-        "--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU, else the checkpoint's, bfloat16 with --shape"
-    )
+    p.add_argument("--dtype", choices=cli.DTYPES, help="default: float32 on a CPU, else the checkpoint's, bfloat16 with --shape")
+    p.add_argument("--backend", choices=cli.BACKENDS, help="default: auto, Triton on a GPU and PyTorch on a CPU")
     p.add_argument("--quantize", choices=["int8", "int4"], help="weights in 8 or 4 bits")
     p.add_argument("--device", default=None, help="cuda, cuda:1, cpu (default: the GPU if there is one)")
     p.add_argument("--threads", type=int, help="CPU threads")
@@ -370,41 +375,63 @@ def parser():
     return p
 
 
+def first():
+    """Whether this is the process that writes files, of those that torchrun started, if it did."""
+    return not cli.under_torchrun() or parallel.ranks().rank == 0
+
+
 def main(argv=None):
     args = parser().parse_args(argv)
     if args.new < 2 or args.rounds < 1:
         raise ValueError(f"--new is {args.new} and --rounds {args.rounds}, expected at least 2 and 1")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads is {args.threads}, expected at least 1")
     if args.cache_study and (args.against or args.plot or args.batch != [1]):
         raise ValueError("--cache-study is of batch 1, against nobody and drawn nowhere: expected no --batch, --against or --plot")
-    if args.against and ranks().size > 1:
-        raise ValueError(f"--against is {args.against} on {ranks().size} ranks, expected one: transformers would run on each")
     if args.layers is not None and not args.shape:
         raise ValueError(f"--layers is {args.layers} without --shape, expected both or none: a checkpoint has all of its layers")
-    if args.shape and ranks().size > 1:
-        raise ValueError(f"--shape is {args.shape} on {ranks().size} ranks, expected one: a name with -shard is one GPU's part")
-    if ranks().rank == 0:
+    if args.layers is not None and args.layers < 1:
+        raise ValueError(f"--layers is {args.layers}, expected at least 1")
+    if args.shape:
+        config(args.shape)
+    args.model = args.model or "smollm2"
+    cli.check_model(args)
+    if cli.under_torchrun() and (size := parallel.ranks().size) > 1:
+        if args.against:
+            raise ValueError(f"--against is {args.against} on {size} ranks, expected one: transformers would run on each")
+        if args.shape:
+            raise ValueError(f"--shape is {args.shape} on {size} ranks, expected one: a name with -shard is one GPU's part")
+    if first():
         if args.json:
             files.check("--json", args.json)
         if args.plot:
             plots.check("--plot", args.plot)
+    if args.against and importlib.util.find_spec("transformers") is None:
+        raise ValueError(NEEDED)
+    with cli.backend(args):
+        return run(args)
+
+
+def run(args):
+    ranks, dtype = parallel.ranks(), getattr(torch, args.dtype) if args.dtype else None
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads is {args.threads}, expected at least 1")
         torch.set_num_threads(args.threads)
-    device = torch.device(ranks().device(args.device) or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options = {"device": device, "dtype": DTYPES.get(args.dtype), "quantize": args.quantize}
+    device = torch.device(ranks.device(args.device) or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = {"device": device, "dtype": dtype, "quantize": args.quantize}
     if args.shape:
         source = f"{args.shape}, random weights" + ("" if args.layers is None else f" of {args.layers} layers")
-        model = Llama.random(args.shape, layers=args.layers, **options)
+        model = package.Llama.random(args.shape, layers=args.layers, **options)
     else:
-        source = args.model or "smollm2"
-        model = Llama.from_pretrained(source, ranks=ranks(), **options)
+        source = args.model
+        model = package.Llama.from_pretrained(source, ranks=ranks, **options)
     model.prepare(wait=True)
     dtype = model.model.norm.weight.dtype
     longest = max(args.prompt) + args.new
     if longest > model.config.context_length:
         raise ValueError(f"--prompt and --new add up to {longest}, expected at most {model.config.context_length}")
     if args.cache_study:
+        from . import cache_study
+
         about = {"model": source, "dtype": str(dtype)[6:], "device": str(device)}
         for row in written(args.json, about, (cache_study.study(model, prompt, args.new, Clock) for prompt in args.prompt)):
             cache_study.show(row)
@@ -425,7 +452,7 @@ def main(argv=None):
     for row in written(args.json, {"card": facts}, measured):
         show_row(row)
         rows.append(row)
-    if args.plot and ranks().rank == 0:
+    if args.plot and first():
         plot(rows, args.plot, args.against)
     return 0
 

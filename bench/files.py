@@ -4,6 +4,8 @@ import errno
 import os
 from pathlib import Path
 
+from ..model.files import naming
+
 FIXED = errno.EACCES, errno.EPERM, errno.EBUSY  # a folder in which nothing may be made, a file that is a container's mount
 
 
@@ -21,8 +23,17 @@ def check(option, file):
 
 
 def rewrite(file, text):
-    """Puts the text in the place of the file in one step: whoever reads it or ends this process finds all of the old or the new."""
+    """Puts the text in the place of the file in one step: whoever reads it or ends this process finds all of the old or the new.
+    A pipe or a device is written to. An OSError names the file."""
     file = Path(os.path.realpath(file))  # of a link, what it points to
+    with naming(file):
+        if file.exists() and not file.is_file():
+            file.write_text(text, encoding="utf-8")
+        else:
+            _replace(file, text)
+
+
+def _replace(file, text):
     partial = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")

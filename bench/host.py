@@ -12,16 +12,13 @@ import subprocess
 import sys
 import timeit
 
-import torch
-
-from ..kernels import use_backend
-from ..kernels.dispatch import INTERPRETED, triton
 from ..model import cli
-from .cases import available, case
-from .peers import engine, why_not
+from ..model.later import later
+from .cases import OPS, case
 from .plots import table
 from .xray import Compiler
 
+torch, kernels, dispatch = later("torch"), later("..kernels", __package__), later("..kernels.dispatch", __package__)
 HEADER = ("us a call on the host", "without Triton's launch", "with it", "eager", "liger", "CPU tensors", "eager")
 
 
@@ -44,10 +41,11 @@ class Idle(Compiler):
 @contextlib.contextmanager
 def idle(arch="sm_90"):
     """Within the block the Triton backend is in force, compiles for `arch` and launches nothing."""
+    triton = dispatch.triton
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(Idle(arch))
     try:
-        with use_backend("triton"):
+        with kernels.use_backend("triton"):
             yield
     finally:
         triton.runtime.driver.set_active(before)
@@ -69,6 +67,8 @@ def seconds(run, number=10, repeat=300):
 
 def cost(op, name, device, dtype):
     """Microseconds of a call on one token of the smallest model, by the engine of that name, as text."""
+    from .peers import engine, why_not
+
     reason = why_not(op, name, device)
     if reason is not None:
         return reason or "-"
@@ -81,7 +81,7 @@ def cost(op, name, device, dtype):
 def row(op, device):
     """The costs of one op, in the order of HEADER."""
     ours, on_gpu = "needs Triton", ["needs a GPU"] * 3
-    if triton is not None:
+    if dispatch.triton is not None:
         with idle():
             ours = cost(op, "trillama", "cpu", "bf16")
     if device == "cuda":
@@ -103,15 +103,13 @@ def main(argv=None):
     parser = cli.Parser(prog="python -m trillama.bench.host", description="What a call costs on the host.")
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all that there are")
     options = parser.parse_args(argv)
-    for name in options.ops:
-        if name not in available():
-            raise ValueError(f"OP is {name!r}, expected one of {', '.join(available())}")
-    if INTERPRETED:
+    ops = cli.known("OP", options.ops, OPS) or [*OPS]
+    if dispatch.INTERPRETED:
         raise ValueError("TRITON_INTERPRET is set, under which nothing is launched: unset it")
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with use_backend("auto"):
-        print("\n".join(table(HEADER, [row(op, device) for op in options.ops or available()])))
+    with kernels.use_backend("auto"):
+        print("\n".join(table(HEADER, [row(op, device) for op in ops])))
     return 0
 
 

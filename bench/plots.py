@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+from ..model.files import naming
 from . import files
 
 
@@ -37,8 +38,9 @@ def figure(size):
 
 
 def save(drawn, file):
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(file, dpi=150)
+    with naming(file):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(file, dpi=150)
 
 
 COLOURS = {

@@ -22,10 +22,9 @@ from pathlib import Path
 from types import NoneType
 
 from ..model import cli
-from . import plots
+from . import files, plots
 from .apart import one_line
-from .hardware import SECTIONS, facts, section, table, tune
-from .tune import Record
+from .hardware import SECTIONS, section, table
 
 MARK = "<!-- measured -->"
 FASTER = {"us": -1, "ms": -1, "seconds": -1, "tokens_per_s": 1, "tflop_s": 1, "gb_s": 1, "bytes_per_s": 1, "flop_per_s": 1}
@@ -129,12 +128,17 @@ def tables(lines):
 
 def into_readme(lines, file):
     """Puts the tables between the two marks of a Markdown file."""
-    text = read(file)
-    parts = text.split(MARK)
+    before, _, behind = marked(file)
+    block = "\n".join(tables(lines))
+    files.rewrite(file, f"{before}{MARK}\n\n```\n{block}\n```\n\n{MARK}{behind}")
+
+
+def marked(file):
+    """The text of a Markdown file before, between and behind its two marks."""
+    parts = read(file).split(MARK)
     if len(parts) != 3:
         raise ValueError(f"{file} has {len(parts) - 1} lines {MARK!r}, expected two, with the tables between them")
-    block = "\n".join(tables(lines))
-    Path(file).write_text(f"{parts[0]}{MARK}\n\n```\n{block}\n```\n\n{MARK}{parts[2]}", encoding="utf-8")
+    return parts
 
 
 # --- peers, and two runs ---------------------------------------------------------------------------------------------------
@@ -186,7 +190,7 @@ def compare(a, b):
 
 def draw(lines, folder):
     """A file for each section that has peers: how many times as fast as each of them. Returns the files."""
-    files = []
+    drawings = []
     for name, cases in speedups(lines).items():
         peers = sorted({peer for _, engines in cases for peer in engines})
         drawn, subplots = plots.figure((10, 1.5 + 0.22 * len(cases) * (len(peers) + 1)))
@@ -202,9 +206,9 @@ def draw(lines, folder):
         axes.set_title(f"{name}: {provenance(lines)}", fontsize=7)
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-        files.append(Path(folder) / f"{name}.png")
-        plots.save(drawn, files[-1])
-    return files
+        drawings.append(Path(folder) / f"{name}.png")
+        plots.save(drawn, drawings[-1])
+    return drawings
 
 
 def main(argv=None):
@@ -222,10 +226,15 @@ def main(argv=None):
             if getattr(options, name):
                 raise ValueError(f"--{name} is of one run: expected no OTHER beside it, which is {options.other}")
     lines = load(options.file)
+    if options.readme:
+        marked(options.readme)
     if options.other:
         print("\n".join(compare(lines, load(options.other))))
         return 0
     print("\n".join(tables(lines)))
+    from .hardware import facts, tune
+    from .tune import Record
+
     if facts.rehearsed(lines) and (options.save or options.readme or options.tuning):
         raise ValueError(f"{options.file} is of a rehearsal: nothing in it was measured")
     if options.save:

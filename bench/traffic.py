@@ -15,9 +15,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from ..model import cli
+from ..model.later import later
+from .cases import DTYPES, MODELS, OPS, case, torch_dtype
+
+torch = later("torch")
 
 SECTOR = 32
 
@@ -176,51 +179,49 @@ class Line:
     flops: int = 0
 
 
-class _Library(torch.overrides.TorchFunctionMode):
-    """Notes every PyTorch call that makes new data; each is one launch at least."""
+def _library(note):
+    """A mode in which every PyTorch call that makes new data is noted; each is one launch at least."""
 
-    FREE = ("empty", "new_empty", "empty_like", "empty_strided", "__get__", "__set__", "_make_subclass")
+    class Library(torch.overrides.TorchFunctionMode):
+        FREE = ("empty", "new_empty", "empty_like", "empty_strided", "__get__", "__set__", "_make_subclass")
 
-    def __init__(self, note):
-        super().__init__()
-        self.note = note
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        name = getattr(function, "__name__", str(function))
-        inputs = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, torch.Tensor)]
-        if not isinstance(result, torch.Tensor) or name in self.FREE or result.device.type != "meta":
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            name = getattr(function, "__name__", str(function))
+            inputs = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, torch.Tensor)]
+            if not isinstance(result, torch.Tensor) or name in self.FREE or result.device.type != "meta":
+                return result
+            in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+            known = {t.untyped_storage()._cdata for t in inputs}
+            if in_place or result.untyped_storage()._cdata not in known:
+                moved = sum(t.numel() * t.element_size() for t in (*inputs, result))
+                flops = 0
+                if name == "linear":
+                    flops = 2 * inputs[0].numel() * inputs[1].shape[0]
+                elif name in ("matmul", "bmm", "mm", "__matmul__"):
+                    flops = 2 * inputs[0].numel() * inputs[1].shape[-1]
+                elif name == "embedding":
+                    moved = 2 * result.numel() * result.element_size()
+                note(name, 1, moved, flops)
             return result
-        in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
-        known = {t.untyped_storage()._cdata for t in inputs}
-        if in_place or result.untyped_storage()._cdata not in known:
-            moved = sum(t.numel() * t.element_size() for t in (*inputs, result))
-            flops = 0
-            if name == "linear":
-                flops = 2 * inputs[0].numel() * inputs[1].shape[0]
-            elif name in ("matmul", "bmm", "mm", "__matmul__"):
-                flops = 2 * inputs[0].numel() * inputs[1].shape[-1]
-            elif name == "embedding":
-                moved = 2 * result.numel() * result.element_size()
-            self.note(name, 1, moved, flops)
-        return result
+
+    return Library()
 
 
-def step(config, batch, tokens, context, dtype=torch.bfloat16):
+def step(config, batch, tokens, context, dtype=None):
     """What one step of `Llama(config)` does: `tokens` new tokens in each of `batch` rows, the last of which sees `context` keys.
 
     Returns a list of `Line`s, one a kind of operation. The model's own code runs, on tensors without memory: launches of our
-    kernels are noted, not made; bytes and FLOP are the least that each operation needs.
+    kernels are noted, not made; bytes and FLOP are the least that each operation needs. dtype: None is bfloat16.
     """
     from .. import kernels
     from .. import model as package
     from ..kernels import use_backend
     from ..kernels.dispatch import INTERPRETED, observe
     from ..model import KVCache, Llama
-    from .cases import OPS
     from .xray import compiling_for
 
-    lines = {}
+    lines, dtype = {}, dtype or torch.bfloat16
 
     def note(name, launches, moved, flops):
         line = lines.setdefault(name, Line(name))
@@ -260,7 +261,7 @@ def step(config, batch, tokens, context, dtype=torch.bfloat16):
             setattr(place, name, counted(name, function))
         with target, use_backend("triton"), observe(lambda *launch: made.append(launch) or True), torch.inference_mode():
             llama.rope(context, context, torch.device("meta"))  # the tables are made once, not in a step
-            with _Library(note):
+            with _library(note):
                 if tokens == 1:
                     llama.step(ids[:, 0], cache)
                 else:
@@ -284,8 +285,6 @@ def seconds(lines, gpu, itemsize=2):
 def small(case):
     """The case with few tokens, so that the interpreter is done in seconds; what is counted scales with them."""
     from dataclasses import replace
-
-    from .cases import MODELS
 
     # A norm's backward adds up dweight in a fixed number of rows: with few tokens these would weigh too much.
     enough = 512 if case.backward and "norm" in case.op else 256 if "attention" in case.op else 16
@@ -339,7 +338,6 @@ def step_text(name, lines, what, itemsize=2, tokens=1):
 
 def main(argv=None):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton looks at it when it is imported
-    from .cases import DTYPES, MODELS, OPS, available, case
 
     parser = cli.Parser(prog="python -m trillama.bench.traffic", description="Bytes through memory. Needs no GPU.")
     add = parser.add_argument
@@ -350,16 +348,15 @@ def main(argv=None):
     add("--batch", type=int, default=1)
     add("--context", type=int, default=4096, help="tokens of the prefill, and keys that the decode step sees (default: 4096)")
     options = parser.parse_args(argv)
-    for what, given, known in (("OP", options.ops, OPS), ("--model", options.model, MODELS), ("--dtype", [options.dtype], DTYPES)):
-        for name in given:
-            if name not in known:
-                raise ValueError(f"{what} is {name!r}, expected one of {', '.join(known)}")
+    for what, given, names in (("OP", options.ops, OPS), ("--model", options.model, MODELS), ("--dtype", [options.dtype], DTYPES)):
+        cli.known(what, given, names)
+    for name in options.model:
+        if options.step and not MODELS[name].layers:
+            raise ValueError(f"--model is {name}, of which only some shapes are known here, not a whole step")
     quicken()
     if options.step:
         for name in options.model:
-            if not MODELS[name].layers:
-                raise ValueError(f"--model is {name}, of which only some shapes are known here, not a whole step")
-            dtype = DTYPES[options.dtype]
+            dtype = torch_dtype(options.dtype)
             for new, what in ((options.context, "prefill"), (1, "decode")):
                 lines = step(MODELS[name].config(), options.batch, new, options.context, dtype)
                 shape = f"{what}: batch {options.batch}, {new} new, {options.context} keys, {options.dtype}"
@@ -367,7 +364,7 @@ def main(argv=None):
         return 0
     cases = [
         small(case(op, model, batch=options.batch, dtype=options.dtype, backward=backward))
-        for op in (options.ops or available())
+        for op in (options.ops or OPS)
         for backward in ((False, True) if OPS[op].differentiable else (False,))
         for model in options.model
     ]

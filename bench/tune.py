@@ -23,19 +23,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from ..kernels import dispatch, tuning, use_backend
-from ..kernels.decode import counters
-from ..kernels.dispatch import observe
 from ..model import cli
+from ..model.later import later
 from . import files
 from .apart import Died, apart, one_line
 from .cases import DTYPES, MODELS, case
-from .check import outcome
 from .plots import table
 from .xray import ARCHITECTURES
 
+torch, kernels, check = later("torch"), later("..kernels", __package__), later(".check", __package__)
+dispatch, tuning = later("..kernels.dispatch", __package__), later("..kernels.tuning", __package__)
 GAIN = 0.98
 MOST = 8  # candidates of one entry
 VARIED = {  # what may change without changing what is computed, nor the order of a row's sums between calls
@@ -155,8 +152,8 @@ class Target:
         with contextlib.ExitStack() as stack:
             if not dispatch.INTERPRETED:
                 stack.enter_context(compiling_for(arch))
-            stack.enter_context(use_backend("triton"))
-            stack.enter_context(observe(lambda *launch: True))
+            stack.enter_context(kernels.use_backend("triton"))
+            stack.enter_context(dispatch.observe(lambda *launch: True))
             run = self.case.prepare(self.case.inputs(empty=True))
             asked = stack.enter_context(entries({}))
             run()
@@ -217,6 +214,8 @@ class Asked(dict):
 @contextlib.contextmanager
 def entries(measured):
     """Within the block the tables answer with the fields in `measured`, a dict by (function, arguments), where it has some."""
+    from ..kernels import tuning
+
     asked, before = Asked(measured), tuning.measured
     tuning.measured = lambda: asked
     _forget()
@@ -229,6 +228,8 @@ def entries(measured):
 
 def _forget():
     """Nothing that was chosen before is remembered."""
+    from ..kernels import tuning
+
     for function in vars(tuning).values():
         if hasattr(function, "cache_clear") and hasattr(function, "__wrapped__"):
             function.cache_clear()
@@ -279,7 +280,7 @@ def spills(c, device):
         found.append(compiled.n_spills)
 
     run = c.prepare(c.inputs(device))
-    with observe(look):
+    with dispatch.observe(look):
         run()
     return sum(found)
 
@@ -308,15 +309,15 @@ def compare(c, key, candidates, measure, device="cuda"):
     for fields in (None, *candidates):
         reason = None
         try:
-            with use_backend("triton"), counters(device), entries({} if fields is None else {key: fields}):
-                first, spilled = outcome(c, device), spills(c, device)
+            with kernels.use_backend("triton"), kernels.decode.counters(device), entries({} if fields is None else {key: fields}):
+                first, spilled = check.outcome(c, device), spills(c, device)
                 expected, most = own or (first, spilled)
                 if spilled > most:
                     reason = f"spills {spilled} registers, the table's own {most}"
                 else:
                     reason = difference(first, expected)
                 seconds = None if reason else measure(c)
-                if not reason and not all(same(a, b) for a, b in zip(first, outcome(c, device))):
+                if not reason and not all(same(a, b) for a, b in zip(first, check.outcome(c, device))):
                     seconds, reason = None, "two runs differ"
         except Exception as error:  # too much shared memory, a tile that the kernel cannot take, an illegal address, ...
             seconds, reason = None, one_line(error)
@@ -419,10 +420,10 @@ class Record:
     """A tuning file: `entries`, which TRILLAMA_TUNING puts in the tables' place, and `trials`, all that was measured and why the
     rest was not. What it holds of other entries stays."""
 
-    def __init__(self, file, gpu, version=torch.__version__):
-        """version: of the torch with which is measured."""
+    def __init__(self, file, gpu, version=None):
+        """version: of the torch with which is measured, None for this one."""
         self.file = Path(file)
-        self.document = {"gpu": gpu, "torch": version, "entries": [], "trials": []}
+        self.document = {"gpu": gpu, "torch": version or torch.__version__, "entries": [], "trials": []}
         if self.file.exists():
             try:
                 before = json.loads(self.file.read_text(encoding="utf-8"))
@@ -518,16 +519,16 @@ def main(argv=None):
     add("--output", default="tuning.json", metavar="FILE")
     options = parser.parse_args(argv)
     architectures = [options.arch] if options.arch is not None else []
-    for what, given, known in (
+    for what, given, names in (
         ("ENTRY", options.entries, ENTRIES), ("--model", options.model, MODELS), ("--arch", architectures, ARCHITECTURES),
     ):  # fmt: skip
-        for name in given:
-            if name not in known:
-                raise ValueError(f"{what} is {name!r}, expected one of {', '.join(known)}")
+        cli.known(what, given, names)
     if options.arch and not options.list:
         raise ValueError(f"--arch is {options.arch!r} without --list, expected none: what is measured is the GPU at hand")
     if not 0 < options.limit < math.inf:
         raise ValueError(f"--limit is {options.limit:g}, expected a number of seconds above 0")
+    if not options.list:
+        files.check("--output", options.output)
     chosen, gpu = targets(options.entries, options.model, options.dtype), torch.cuda.is_available()
     arch = options.arch or (f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}" if gpu else "sm_90")
     if not options.list and not gpu:

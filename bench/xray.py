@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -30,8 +31,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..model import cli
+from ..model import cli, presets
 from . import files, plots, sass
+from .cases import DTYPES, MODELS, OPS, case
 from .plots import table
 from .roofline import GPUS, MULTIPROCESSORS
 
@@ -414,7 +416,7 @@ class Workers:
 
 
 def cache_folder():
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trillama" / "xray"
+    return presets.cache_folder() / "xray"
 
 
 @functools.cache
@@ -581,21 +583,12 @@ def _arguments():
     return parser
 
 
-def _known(what, given, known):
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{what} is {name!r}, expected one of {', '.join(known)}")
-    return list(given)
-
-
 def chosen(options):
     """(cases, architectures) that the options ask for."""
-    from .cases import DTYPES, MODELS, OPS, available, case
-
-    ops = _known("OP", options.ops, available()) or available()
-    architectures = _known("--arch", options.arch or (ARCHITECTURES if options.all else USUAL), ARCHITECTURES)
-    dtypes = _known("--dtype", options.dtype, DTYPES)
-    models = _known("--model", options.model or (), MODELS)
+    ops = cli.known("OP", options.ops, OPS) or [*OPS]
+    architectures = cli.known("--arch", options.arch or (ARCHITECTURES if options.all else USUAL), ARCHITECTURES)
+    dtypes = cli.known("--dtype", options.dtype, DTYPES)
+    models = cli.known("--model", options.model or (), MODELS)
     return [
         case(op, model, dtype=dtype, backward=backward)
         for op in ops
@@ -612,10 +605,9 @@ def _progress(done, total):
 
 def main(argv=None):
     options = _arguments().parse_args(argv)
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        raise ValueError("xray compiles the Triton kernels, but Triton is not installed (it has wheels for Linux only)") from None
+    cases, architectures = chosen(options)
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("xray compiles the Triton kernels, but Triton is not installed (it has wheels for Linux only)")
     if options.json and options.json != "-":
         files.check("--json", options.json)
     if options.plot:
@@ -623,13 +615,12 @@ def main(argv=None):
     with Workers() as workers:
         for what in ("code", "traffic"):
             workers.start(what)  # they import torch while this process does
-        return _run(options, workers)
+        return _run(options, cases, architectures, workers)
 
 
-def _run(options, workers):
+def _run(options, cases, architectures, workers):
     from .traffic import small
 
-    cases, architectures = chosen(options)
     one_each = {(case.op, case.backward, case.dtype): small(case) for case in reversed(cases)}  # the ratio is every model's
     code, memory = code_questions(cases, architectures), traffic_questions(one_each.values())
     found = answers(code + memory, workers, cached=not options.no_cache, progress=_progress)
@@ -639,7 +630,7 @@ def _run(options, workers):
         if options.json == "-":
             print(document)
         else:
-            Path(options.json).write_text(document + "\n")
+            files.rewrite(options.json, document + "\n")
     if options.json != "-":
         print(text(reports, traffic))
     if options.plot:

@@ -1,6 +1,12 @@
 """A thin model on the kernels: checkpoints of several families and formats in, text out."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .generation import generate, warmup
+    from .llama import KVCache, Llama
+    from .tokenizer import Tokenizer
 
 TYPE_CHECKING = False  # what type checkers take for True; typing would have to be imported for it
 if TYPE_CHECKING:

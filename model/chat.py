@@ -107,17 +107,15 @@ def parser():
 
 def main(argv=None):
     options = parser().parse_args(argv)
+    arguments = cli.sampling(options)
+    cli.check_model(options)
     cli.tolerant_output()
     tokenizer = cli.load_tokenizer(options)
-    tokenizer.stream(stop=options.stop)  # mistakes are told before anything is loaded
-    tokenizer.apply_chat_template([{"role": "user", "content": "."}])
+    tokenizer.apply_chat_template([{"role": "user", "content": "."}])  # a mistake is told before anything is loaded
     with cli.backend(options):
-        from .generation import generate
-
         model = cli.load_model(options)
-        generate(model, [[0]], **{**cli.sampling(options), "max_new_tokens": min(0, options.max_new_tokens)})
         model.prepare()  # what has to be compiled is compiled while the first line is written
-        converse(Dialogue(model, tokenizer, system=options.system, stop=options.stop, **cli.sampling(options)))
+        converse(Dialogue(model, tokenizer, system=options.system, stop=options.stop, **arguments))
     return 0
 
 

@@ -4,11 +4,14 @@ The sandbox keeps a template from reaching Python, but not from looping or from 
 process that can be ended does. Its start takes about a tenth of a second, once a turn of a dialogue.
 """
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 
-SECONDS = 10
+SECONDS = 10  # of a core's time
+PATIENCE = 12  # times as long on the clock: other work on the same cores is no fault of the template
 BYTES = 1 << 30  # address space of the process, where the system can limit it
 LONGEST = 16 << 20  # characters of a rendered dialogue
 
@@ -22,11 +25,11 @@ def render(template, variables):
         request = json.dumps({"template": template, "variables": variables})
     except (TypeError, ValueError) as error:
         raise ValueError(f"messages cannot be handed to the chat template: {error}") from None
-    command = [sys.executable, "-I", __file__, *filter(None, sys.path)]
-    try:
-        done = subprocess.run(command, input=request, capture_output=True, encoding="utf-8", timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"the chat template does not come to an end within {SECONDS} seconds") from None
+    command, done = [sys.executable, "-I", __file__, str(SECONDS), *filter(None, sys.path)], None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(command, input=request, capture_output=True, encoding="utf-8", timeout=PATIENCE * SECONDS)
+    if done is None or done.returncode == -getattr(signal, "SIGXCPU", 0) < 0:
+        raise ValueError(f"the chat template does not come to an end within {SECONDS} seconds")
     try:
         reply = json.loads(done.stdout)
     except ValueError:  # the process was ended by its limits, or it could not even start
@@ -92,12 +95,12 @@ def _serve():
 
 
 if __name__ == "__main__":
-    sys.path[:] = sys.argv[1:]
+    seconds, *sys.path[:] = sys.argv[1:]
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 1))
     except (ImportError, ValueError, OSError):  # no such limits on this system: the time limit of the caller holds
         pass
     print(json.dumps(_serve()))

@@ -1,17 +1,23 @@
-"""The command line: `trillama generate` and `doctor`, and the way to all other commands.
+"""The command line: `trillama generate`, `convert` and `doctor`, and the way to all other commands.
 
-A user's mistake ends in one line on stderr and exit status 2. Imports that take long happen within the commands.
+A user's mistake ends in one line on stderr and exit status 2. What can be refused from the arguments alone is refused before torch
+is imported: imports that take long happen within the commands, after that.
 """
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from importlib import metadata
+from pathlib import Path
+
+from .limits import check_sampling, check_stop
 
 BACKENDS = ("auto", "triton", "reference")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,22 +27,62 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  #
 def main(argv=None):
     """Runs one command line (default: the process's own) and returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return status(lambda: _in_ranks(argv) if all(name in os.environ for name in TORCHRUN) else _dispatch(argv))
+    return status(lambda: _in_ranks(argv) if under_torchrun() else _dispatch(argv))
 
 
 def status(command):
     """What command() returns, or the exit status of how it ended: that of `python -m trillama.bench.NAME` too."""
+    _open_streams()
     try:
-        return command() or 0
+        try:
+            return command() or 0
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone: `trillama ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         return 141
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"trillama: error: {reason}", file=sys.stderr)
+        reason = _reason(error)
+        try:
+            print(f"trillama: error: {reason}", file=sys.stderr)
+        except OSError:  # the status must do
+            _drop(sys.stderr)
         return 2
+
+
+def _reason(error):
+    """An exception in one line: of a file, its name and what the system says."""
+    try:
+        sys.stdout.flush()
+    except OSError as full:  # what has been printed cannot be written: that is what went wrong
+        _drop(sys.stdout)
+        return f"standard output: {full.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _drop(stream):
+    """What is still to be printed goes nowhere: Python would complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _open_streams():
+    """A standard stream that is closed leads nowhere: else the next file that is opened takes its number, and what is printed."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(number, True)
+        os.close(number)
+        for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - as long as the process
+
+
+def under_torchrun():
+    """Whether torchrun has started this process."""
+    return all(name in os.environ for name in TORCHRUN)
 
 
 def _in_ranks(argv):
@@ -54,25 +100,61 @@ def _in_ranks(argv):
 
 
 def _dispatch(argv):
-    if argv and argv[0] in ELSEWHERE:
-        module, function, _ = ELSEWHERE[argv[0]]
+    name = argv[0] if argv else "--help"
+    if name in ELSEWHERE:
+        module, function, _ = ELSEWHERE[name]
         return getattr(importlib.import_module(module), function)(argv[1:])
+    if name in HERE:
+        run, add_arguments, text = HERE[name]
+        parser = Parser(prog=f"trillama {name}", description=text)
+        add_arguments(parser)
+        return run(parser.parse_args(argv[1:]))
     parser = Parser(prog="trillama", description="Llama-style language models on Triton kernels or on plain PyTorch.")
     parser.add_argument("--version", action="version", version=f"trillama {_version('trillama')}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (run, add_arguments, text) in HERE.items():
-        command = commands.add_parser(name, help=text, description=text)
-        add_arguments(command)
-        command.set_defaults(run=run)
-    for name, (_, _, text) in ELSEWHERE.items():
-        commands.add_parser(name, help=text, add_help=False)
-    options = parser.parse_args(argv)
-    return options.run(options)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for command, (*_, text) in (HERE | ELSEWHERE).items():
+        commands.add_parser(command, help=text, add_help=False)
+    if not name.startswith("-"):
+        parser.error(f"there is no command {name}{nearest(name, commands.choices)}")
+    parser.parse_args([name, *argv[1:]])
+    return 0
 
 
 class Parser(argparse.ArgumentParser):
+    """One command's. Options are written out: an abbreviation would mean something else as soon as there is another option."""
+
+    def __init__(self, **options):
+        super().__init__(**options, allow_abbrev=False)
+
+    def parse_args(self, arguments=None, namespace=None):
+        options, rest = self.parse_known_args(arguments, namespace)
+        unknown = [text.split("=")[0] for text in rest if text.startswith("-")] or rest
+        if unknown:
+            hint = nearest(unknown[0], self._option_string_actions)
+            self.error(f"there is no option {unknown[0]}{hint}" if unknown[0].startswith("-") else f"unexpected: {' '.join(rest)}")
+        return options
+
+    def _print_message(self, message, file=None):  # argparse's own says nothing where it cannot be written
+        (file or sys.stderr).write(message or "")
+
     def error(self, message):
         self.exit(2, f"trillama: error: {message} (see {self.prog} --help)\n")
+
+
+def nearest(name, known):
+    """The one of the known names that may have been meant, as the end of a sentence."""
+    words = {other.lstrip("-"): other for other in known}  # two dashes are not what names have in common
+    close = [other for other in known if other.startswith(name)]
+    close += [words[word] for word in difflib.get_close_matches(name.lstrip("-"), words, 1)]
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def known(what, given, names):
+    """The given names; a ValueError for the first that is none of those there are."""
+    for name in given:
+        if name not in names:
+            raise ValueError(f"{what} is {name!r}, expected one of {', '.join(names)}{nearest(name, names)}")
+    return list(given)
 
 
 # --- what several commands share -------------------------------------------------------------------------------------
@@ -100,9 +182,24 @@ def add_sampling_options(parser, new=64):
 
 
 def sampling(options):
-    """The arguments of `generate` that the command line has."""
+    """The arguments of `generate` that the command line has, checked; so is what belongs to the sampling options besides."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    return {name: getattr(options, name) for name in names}
+    arguments = {name: getattr(options, name) for name in names}
+    check_sampling(**arguments)
+    check_stop(options.stop)
+    for name in ("top_k", "top_p", "min_p"):
+        if arguments[name] is not None and options.temperature == 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {arguments[name]} at temperature 0, expected a --temperature above 0")
+    return arguments
+
+
+def check_model(options):
+    """Raises a ValueError where what names the model or the backend cannot be right; nothing is loaded for that."""
+    from .presets import check_source
+
+    check_source(options.model)
+    if not options.backend:
+        known("TRILLAMA_BACKEND", [os.environ.get("TRILLAMA_BACKEND") or "auto"], BACKENDS)
 
 
 def backend(options):
@@ -150,13 +247,14 @@ def load_model(options):
 
 def encoded(tokenizer, prompt, chat=False):
     """The ids of the command line's PROMPT, or of a dialogue that it begins."""
-    from .parallel import ranks
-
-    prompt = ranks().first(sys.stdin.read) if prompt == "-" else prompt
+    team = importlib.import_module(".parallel", __package__).ranks() if under_torchrun() else None
+    if prompt == "-":
+        prompt = team.first(sys.stdin.read) if team else sys.stdin.read()
     ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
     if not ids:
         raise ValueError("PROMPT is empty, expected at least one token")
-    ranks().agree(prompt=ids)
+    if team:
+        team.agree(prompt=ids)
     return ids
 
 
@@ -212,13 +310,14 @@ def _generate(options):
     if samples < 1 or (samples > 1 and options.temperature == 0):
         reason = "at least 1" if samples < 1 else "1, or a temperature above 0: at 0 all samples are the same"
         raise ValueError(f"--samples is {samples}, expected {reason}")
+    arguments = sampling(options)
+    check_model(options)
     tolerant_output()
     tokenizer = load_tokenizer(options)
-    tokenizer.stream(stop=options.stop)  # a mistake is told before anything is loaded
+    ids = encoded(tokenizer, options.prompt, options.chat)
     with backend(options):
         from .generation import generate
 
-        ids = encoded(tokenizer, options.prompt, options.chat)
         model = load_model(options)
         if not options.no_cache:
             model.prepare()
@@ -231,7 +330,7 @@ def _generate(options):
                 print(pieces[0], end="", flush=True)
             return [answer.end is not None for answer in answers]
 
-        generate(model, [ids] * samples, use_cache=not options.no_cache, stream=show, **sampling(options))
+        generate(model, [ids] * samples, use_cache=not options.no_cache, stream=show, **arguments)
     rest, *_ = [answer.close() for answer in answers]
     report = _speeds(len(ids), clock, samples)
     if options.json:
@@ -264,6 +363,47 @@ def _in_words(report):
         if part
     ]
     return "; ".join(parts) or "no new tokens"
+
+
+# --- convert ---------------------------------------------------------------------------------------------------------
+
+
+def _convert_arguments(parser):
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a folder, a .gguf file, a hub id or a preset")
+    add("target", metavar="TARGET", help="the folder to make")
+    add("--to", choices=("hf", "meta"), required=True, help="safetensors as Hugging Face has them, or Meta's files")
+    add("--dtype", choices=DTYPES, help="of the weights (default: as they are; float32 for quantised ones)")
+    add("--shard-size", type=_size, metavar="SIZE", help="with --to hf: of a .safetensors file (default: 5GB)")
+
+
+def _size(text):
+    """Bytes of a number with a unit: 5GB, 500MB."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+) *([kKMGT]?)B?", text)
+    count = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 5GB")
+    return count
+
+
+def _convert(options):
+    from .files import check_new_folder
+    from .presets import check_source, locate
+
+    check_source(options.source)
+    check_new_folder(options.target)
+    if options.shard_size and options.to != "hf":
+        raise ValueError(f"--shard-size is given with --to {options.to}, expected --to hf: Meta's files are not sharded by size")
+    source = locate(options.source)
+
+    import torch
+
+    from .convert import convert
+
+    given = {"dtype": options.dtype and getattr(torch, options.dtype), "shard_size": options.shard_size}
+    files = convert(source, options.target, options.to, **{name: value for name, value in given.items() if value})
+    total = sum((Path(options.target) / file).stat().st_size for file in files)
+    print(f"{options.target}: {len(files)} files, {total / 1e6:.1f} MB")
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------
@@ -364,13 +504,13 @@ def _version(package):
 # Commands of this file: function, its arguments, its help. Commands that live elsewhere read their own arguments.
 HERE = {
     "generate": (_generate, _generate_arguments, "continue a text, or answer a message"),
+    "convert": (_convert, _convert_arguments, "a model's files in Hugging Face's or Meta's layout"),
     "doctor": (_doctor, _doctor_arguments, "what is installed, which backend each op takes and why, whether its kernels are right"),
 }
 ELSEWHERE = {
     "chat": ("trillama.model.chat", "main", "a dialogue, turn by turn"),
     "next": ("trillama.model.inspection", "show_next", "the likeliest next tokens and their probabilities"),
     "inspect": ("trillama.model.inspection", "inspect", "the modules of a model and their sizes; what a head attends to"),
-    "convert": ("trillama.model.convert", "main", "a model's files in Hugging Face's or Meta's layout"),
     "bench": ("trillama.bench.decode", "main", "prefill and decode throughput, beside the bound that memory sets"),
     "xray": ("trillama.bench.xray", "main", "what the compiled kernels are made of, with no GPU"),
 }

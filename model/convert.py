@@ -18,12 +18,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import cli
 from .checkpoint import LLAMA_32, META_NAMES, SAFETENSORS_DTYPES, CheckpointError, HuggingFaceFolder, open_checkpoint
 from .config import Config
-from .files import brief, read_json
+from .files import brief, check_new_folder, naming, read_json
 from .llama import Llama, unpacked
-from .presets import locate
 from .tokenizer import Tokenizer
 
 ARCHITECTURES = {
@@ -59,25 +57,25 @@ def convert(source, target, to, *, dtype=None, shard_size=LARGEST_SHARD):
     """
     if to not in ("hf", "meta"):
         raise ValueError(f"to is {brief(to)}, expected 'hf' or 'meta'")
+    check_new_folder(target)
     target = Path(target)
-    if target.exists() or target.is_symlink():
-        raise ValueError(f"{target}: exists, expected the name of a new folder")
     with open_checkpoint(source) as checkpoint:
         config = Config.read(checkpoint.config)
         names = wanted(checkpoint, config)
         items = [Item(name, name, dtype or checkpoint.dtype(name), tuple(checkpoint.shape(name))) for name in names]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            write_tokenizer(checkpoint.folder, folder)
-            if to == "hf":
-                write_hf(checkpoint, config, items, folder, dtype, shard_size)
-            else:
-                write_meta(checkpoint, config, items, folder)
-            folder.chmod(0o777 & ~umask())
-            folder.rename(target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with naming(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            try:
+                write_tokenizer(checkpoint.folder, folder)
+                if to == "hf":
+                    write_hf(checkpoint, config, items, folder, dtype, shard_size)
+                else:
+                    write_meta(checkpoint, config, items, folder)
+                folder.chmod(0o777 & ~umask())
+                folder.rename(target)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     return sorted(path.name for path in target.iterdir())
 
 
@@ -335,34 +333,3 @@ def aligned(archive, name, to=64):
     padding = -(archive.fp.tell() + header) % to
     entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
     return entry
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-def size(text):
-    """Bytes of a number with a unit: 5GB, 500MB."""
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+) *([kKMGT]?)B?", text)
-    count = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    if count < 1:
-        raise cli.argparse.ArgumentTypeError(f"{text!r}: expected a size such as 5GB")
-    return count
-
-
-def parser():
-    p = cli.Parser(prog="trillama convert", description="A model's files in another layout; what is not quantised keeps its bits.")
-    p.add_argument("source", metavar="SOURCE", help="a folder, a .gguf file, a hub id or a preset")
-    p.add_argument("target", metavar="TARGET", help="the folder to make")
-    p.add_argument("--to", choices=("hf", "meta"), required=True, help="safetensors as Hugging Face has them, or Meta's files")
-    p.add_argument("--dtype", choices=cli.DTYPES, help="of the weights (default: as they are; float32 for quantised ones)")
-    p.add_argument("--shard-size", type=size, default=LARGEST_SHARD, metavar="SIZE", help="of a .safetensors file (default: 5GB)")
-    return p
-
-
-def main(argv=None):
-    options = parser().parse_args(argv)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    files = convert(locate(options.source), options.target, options.to, dtype=dtype, shard_size=options.shard_size)
-    total = sum((Path(options.target) / file).stat().st_size for file in files)
-    print(f"{options.target}: {len(files)} files, {total / 1e6:.1f} MB")
-    return 0

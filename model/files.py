@@ -1,11 +1,14 @@
-"""Reading a model's files: what checkpoints and tokenizers share.
+"""A model's files: what checkpoints, tokenizers and those who write them share.
 
 The files come from strangers. Whatever is wrong with one ends in a CheckpointError of one line, after bounded time and memory.
 """
 
+import contextlib
 import json
 import mmap
+import os
 import reprlib
+from pathlib import Path
 
 LARGEST_JSON = 256 << 20  # the largest tokenizer.json known has 35 MB
 
@@ -49,3 +52,24 @@ def mapped(file, offset, size):
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     pages = mmap.mmap(file.fileno(), offset + size - start, offset=start, access=mmap.ACCESS_COPY)
     return memoryview(pages)[offset - start :]
+
+
+def check_new_folder(folder):
+    """Raises a ValueError where a folder of that name cannot be made, or is there."""
+    folder = Path(folder)
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"{folder}: exists, expected the name of a new folder")
+    place = next(place for place in folder.absolute().parents if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be made, {place} is {'not writable' if place.is_dir() else 'no folder'}")
+
+
+@contextlib.contextmanager
+def naming(file, advice=""):
+    """Within the block an error of the system's names a file: that of a full disk knows none. advice: the end of the line."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # a line of our own
+            raise
+        raise OSError(f"{os.fsdecode(error.filename or file)}: {error.strerror}{advice}") from None

@@ -12,6 +12,7 @@ from ..kernels.decode import counters
 from ..kernels.dispatch import dependence, next_power_of_2, observe, uses_triton
 from ..kernels.frequencies import same_frequencies
 from ..kernels.sampling import advance, choose_, is_greedy, sample, settle_, start
+from .limits import brief, check, check_sampling
 from .llama import KVCache, Llama
 
 STEPS = 4  # kinds of steps that are kept with a cache
@@ -50,22 +51,15 @@ def generate(
     config, device = model.config, model.lm_head.weight.device
     rows = _rows(input_ids, config.vocab_size)
     longest = max(map(len, rows))
-    _check("max_new_tokens", max_new_tokens, type(max_new_tokens) is int and max_new_tokens >= 0, "an integer from 0 on")
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    check_sampling(max_new_tokens=max_new_tokens, seed=seed, **options)
     if longest + max_new_tokens > config.context_length:
         raise ValueError(
             f"input_ids and max_new_tokens come to {longest} + {max_new_tokens} tokens, "
             f"but the model has {config.context_length} positions"
         )
-    _check("temperature", temperature, _number(temperature) and temperature >= 0, "a number from 0 on")
-    _check("top_k", top_k, top_k is None or (type(top_k) is int and top_k >= 1), "an integer from 1 on")
-    _check("top_p", top_p, top_p is None or (_number(top_p) and 0 < top_p <= 1), "a number above 0, at most 1")
-    _check("min_p", min_p, min_p is None or (_number(min_p) and 0 <= min_p <= 1), "a number from 0 to 1")
-    penalty = repetition_penalty
-    _check("repetition_penalty", penalty, penalty is None or (_number(penalty) and penalty > 0), "a number above 0")
-    _check("seed", seed, seed is None or (type(seed) is int and 0 <= seed < 2**63), "an integer from 0 to 2**63 - 1")
     _check_cache(cache, use_cache, rows, longest + max_new_tokens)
     ends = torch.tensor(_ends(eos, config), dtype=torch.int64)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": penalty}
     seed = torch.randint(2**63 - 1, ()).item() if seed is None else seed
     own = cache is None and use_cache  # what a caller's cache holds of a row that has ended is the caller's
 
@@ -359,13 +353,13 @@ def _rows(input_ids, vocabulary):
         raise ValueError(f"input_ids is {input_ids.dtype} {tuple(input_ids.shape)}, expected integers [batch, tokens]")
     rows = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
     if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, (list, tuple)) for row in rows):
-        raise ValueError(f"input_ids is {_brief(input_ids)}, expected a list of lists of token ids, one for each prompt")
+        raise ValueError(f"input_ids is {brief(input_ids)}, expected a list of lists of token ids, one for each prompt")
     for b, row in enumerate(rows):
         if not row:
             raise ValueError(f"input_ids[{b}] is empty, expected at least one token id")
         for i, token in enumerate(row):
             if type(token) is not int or not 0 <= token < vocabulary:
-                raise ValueError(f"input_ids[{b}][{i}] is {_brief(token)}, expected a token id from 0 to {vocabulary - 1}")
+                raise ValueError(f"input_ids[{b}][{i}] is {brief(token)}, expected a token id from 0 to {vocabulary - 1}")
     return [list(row) for row in rows]
 
 
@@ -386,19 +380,5 @@ def _ends(eos, config):
     ends = eos.tolist() if hasattr(eos, "tolist") else eos
     ends = [ends] if isinstance(ends, int) else ends
     fits = isinstance(ends, (list, tuple, set, frozenset)) and all(type(i) is int and 0 <= i < config.vocab_size for i in ends)
-    _check("eos", eos, fits, f"a token id from 0 to {config.vocab_size - 1}, a list of them, or None for the model's own")
+    check("eos", eos, fits, f"a token id from 0 to {config.vocab_size - 1}, a list of them, or None for the model's own")
     return list(ends)
-
-
-def _number(value):
-    return type(value) in (int, float) and abs(value) < math.inf
-
-
-def _check(name, value, fits, expected):
-    if not fits:
-        raise ValueError(f"{name} is {_brief(value)}, expected {expected}")
-
-
-def _brief(value):
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."

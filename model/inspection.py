@@ -3,14 +3,14 @@ say next, and how sure it is).
 """
 
 import json
+import math
 from itertools import groupby
 
-import torch
-
-from ..kernels import apply_rope
+from ..bench import plots
 from . import cli
-from .checkpoint import open_checkpoint
-from .llama import Llama, unpacked
+from .later import later
+
+torch = later("torch")
 
 # --- what a model is made of: from its files' headers, nothing is loaded ---------------------------------------------
 
@@ -21,6 +21,9 @@ def anatomy(source, dtype=None, device=None):
     report: what `trillama inspect --json` prints: the sizes of all, of every layer and of every tensor, in parameters and in bytes
     of memory, beside what the tensor is in its file. dtype and device: as for `Llama.from_pretrained`.
     """
+    from .checkpoint import open_checkpoint
+    from .llama import Llama, unpacked
+
     with open_checkpoint(source) as checkpoint:
         with torch.device("meta"):
             model = Llama(checkpoint.config)
@@ -108,7 +111,6 @@ def size(count):
 # --- what a head attends to ------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def attention_map(model, ids, layer):
     """(weights float32 [Hq, S, S], angles float64 [S, R/2]) of a layer for one sequence of S ids.
 
@@ -116,26 +118,29 @@ def attention_map(model, ids, layer):
     anew from q and k, which no kernel of attention ever writes down as a whole. angles: by how much the layer rotates the pairs of
     features at each position, in radians from 0 to 2 pi.
     """
-    inputs = []
-    attention = model.model.layers[layer].self_attn
-    hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args))
-    try:
-        model.hidden_states(torch.tensor([ids], device=model.lm_head.weight.device))
-    finally:
-        hook.remove()
-    qkv, rope, _, _ = inputs[0]
-    q, k, _ = qkv.view(1, len(ids), -1, attention.head_dim).transpose(1, 2).split(attention.heads, 1)
-    if attention.q_norm is not None:
-        q, k = attention.q_norm(q)[0], attention.k_norm(k)[0]
-    cos, sin = rope[attention.rotary]
-    q, k = apply_rope(q, k, cos, sin, interleaved=attention.interleaved)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scores = (q.float() @ k.float().mT)[0] * attention.head_dim**-0.5
-    behind = torch.arange(len(ids), device=scores.device)
-    behind = behind[:, None] - behind  # how far a key lies behind the query
-    seen = (behind >= 0) & (behind < (attention.window or len(ids)))
-    angles = torch.atan2(sin[: len(ids)].double(), cos[: len(ids)].double()) % (2 * torch.pi)
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1), angles
+    from ..kernels import apply_rope
+
+    with torch.inference_mode():
+        inputs = []
+        attention = model.model.layers[layer].self_attn
+        hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args))
+        try:
+            model.hidden_states(torch.tensor([ids], device=model.lm_head.weight.device))
+        finally:
+            hook.remove()
+        qkv, rope, _, _ = inputs[0]
+        q, k, _ = qkv.view(1, len(ids), -1, attention.head_dim).transpose(1, 2).split(attention.heads, 1)
+        if attention.q_norm is not None:
+            q, k = attention.q_norm(q)[0], attention.k_norm(k)[0]
+        cos, sin = rope[attention.rotary]
+        q, k = apply_rope(q, k, cos, sin, interleaved=attention.interleaved)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = (q.float() @ k.float().mT)[0] * attention.head_dim**-0.5
+        behind = torch.arange(len(ids), device=scores.device)
+        behind = behind[:, None] - behind  # how far a key lies behind the query
+        seen = (behind >= 0) & (behind < (attention.window or len(ids)))
+        angles = torch.atan2(sin[: len(ids)].double(), cos[: len(ids)].double()) % (2 * torch.pi)
+        return scores.masked_fill(~seen, float("-inf")).softmax(-1), angles
 
 
 def show_attention(names, weights):
@@ -146,37 +151,25 @@ def show_attention(names, weights):
 
 
 def plot_attention(names, weights, angles, title, path):
-    pyplot = matplotlib_pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
+    figure, subplots = plots.figure((12, 5.5))
+    left, right = subplots(1, 2)
     image = left.imshow(weights, vmin=0, vmax=1, cmap="magma")
     left.set(title=title, xlabel="key", ylabel="query")
     if len(names) <= 64:
         left.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         left.set_yticks(range(len(names)), names, fontsize=8)
     figure.colorbar(image, ax=left, label="softmax weight", shrink=0.8)
-    image = right.imshow(angles, vmin=0, vmax=2 * torch.pi, cmap="twilight", aspect="auto", interpolation="nearest")
+    image = right.imshow(angles, vmin=0, vmax=2 * math.pi, cmap="twilight", aspect="auto", interpolation="nearest")
     right.set(title="rotary angles", xlabel="pair of features", ylabel="position")
     figure.colorbar(image, ax=right, label="radians", shrink=0.8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def matplotlib_pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'trillama[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    plots.save(figure, path)
 
 
 def inspect_parser():
     p = cli.Parser(prog="trillama inspect", description="The modules of a model and their sizes, or what a head attends to.")
     p.add_argument("--attention", metavar="PROMPT", help="the attention map of this text, - for standard input")
-    p.add_argument("--layer", type=int, default=0, metavar="L", help="of this layer (default: 0)")
-    p.add_argument("--head", type=int, default=0, metavar="H", help="and this query head (default: 0)")
+    p.add_argument("--layer", type=int, metavar="L", help="of this layer (default: 0)")
+    p.add_argument("--head", type=int, metavar="H", help="and this query head (default: 0)")
     p.add_argument("--plot", metavar="FILE", help="draw the map and the rotary angles")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     cli.add_model_options(p)
@@ -185,28 +178,36 @@ def inspect_parser():
 
 def inspect(argv=None):
     options = inspect_parser().parse_args(argv)
+    if options.attention is None:
+        for name in ("layer", "head", "plot", "backend", "quantize"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name} is of an attention map, expected --attention PROMPT with it")
+    for name in ("layer", "head"):
+        if (getattr(options, name) or 0) < 0:
+            raise ValueError(f"--{name} is {getattr(options, name)}, expected a number from 0 on")
+    cli.check_model(options)
+    if options.plot:
+        plots.check("--plot", options.plot)
     cli.tolerant_output()
     if options.attention is None:
-        if options.plot:
-            raise ValueError("--plot draws an attention map, expected --attention PROMPT with it")
         dtype = getattr(torch, options.dtype) if options.dtype else None
         model, report = anatomy(options.model, dtype, cli.device(options.device))
         print(json.dumps(report)) if options.json else show_anatomy(model, report)
         return 0
-    if options.plot:
-        matplotlib_pyplot()
     tokenizer = cli.load_tokenizer(options)
     ids = cli.encoded(tokenizer, options.attention)
+    layer, head = options.layer or 0, options.head or 0
     with cli.backend(options):
         model = cli.load_model(options)
-        for name, limit in (("layer", model.config.num_hidden_layers), ("head", model.config.num_attention_heads)):
-            if not 0 <= getattr(options, name) < limit:
-                raise ValueError(f"--{name} is {getattr(options, name)}, expected 0 to {limit - 1}")
-        weights, angles = attention_map(model, ids, options.layer)
-    names, weights, angles = [repr(tokenizer.token(id)) for id in ids], weights[options.head].tolist(), angles.tolist()
-    where = {"layer": options.layer, "head": options.head}
+        config = model.config
+        for name, value, limit in (("layer", layer, config.num_hidden_layers), ("head", head, config.num_attention_heads)):
+            if value >= limit:
+                raise ValueError(f"--{name} is {value}, expected 0 to {limit - 1}")
+        weights, angles = attention_map(model, ids, layer)
+    names, weights, angles = [repr(tokenizer.token(id)) for id in ids], weights[head].tolist(), angles.tolist()
+    where = {"layer": layer, "head": head}
     if options.plot:
-        plot_attention(names, weights, angles, f"{options.model}: layer {options.layer}, head {options.head}", options.plot)
+        plot_attention(names, weights, angles, f"{options.model}: layer {layer}, head {head}", options.plot)
     if options.json:
         tokens = [tokenizer.token(id) for id in ids]
         print(json.dumps({"model": options.model, **where, "ids": ids, "tokens": tokens, "weights": weights, "angles": angles}))
@@ -218,11 +219,11 @@ def inspect(argv=None):
 # --- what comes next -------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def next_tokens(model, ids, count):
     """[(id, probability), ...]: the likeliest tokens after one sequence of ids, the likeliest first."""
-    hidden = model.hidden_states(torch.tensor([ids], device=model.lm_head.weight.device))[:, -1]
-    best = model.head(hidden)[0].softmax(-1).topk(min(count, model.config.vocab_size))
+    with torch.inference_mode():
+        hidden = model.hidden_states(torch.tensor([ids], device=model.lm_head.weight.device))[:, -1]
+        best = model.head(hidden)[0].softmax(-1).topk(min(count, model.config.vocab_size))
     return list(zip(best.indices.tolist(), best.values.tolist()))
 
 
@@ -240,6 +241,7 @@ def show_next(argv=None):
     options = next_parser().parse_args(argv)
     if options.top_k < 1:
         raise ValueError(f"--top-k is {options.top_k}, expected at least 1")
+    cli.check_model(options)
     cli.tolerant_output()
     tokenizer = cli.load_tokenizer(options)
     ids = cli.encoded(tokenizer, options.prompt, options.chat)

@@ -26,6 +26,7 @@ from .parallel import ALONE, Alone
 from .presets import cache_folder
 
 BITS = {"int8": 8, "int4": 4}
+LARGE, PIECE = 1 << 25, 1 << 15  # elements: from where threads pay, and up to where torch computes with one
 
 
 def ops(x):
@@ -533,6 +534,22 @@ def _finish(model, bits):
         model.lm_head.quantize_(8)
 
 
+def _copied(target, parts):
+    """Copies tensors, rows behind rows, into another; returns the sum of what is there now, in float32: not finite where one of the
+    values is not.
+
+    What is not large goes in pieces on a CPU, each of which one thread copies and adds up while it is in the cache: on busy cores
+    threads wait for each other longer than they work.
+    """
+    begin, sums = 0, []
+    for part in parts:
+        into, begin = target[begin : begin + len(part)], begin + len(part)
+        small = target.device.type == "cpu" and part.numel() < LARGE
+        rows = max(1, PIECE * len(part) // part.numel()) if small else len(part)
+        sums += [here.copy_(piece).sum(dtype=torch.float32) for here, piece in zip(into.split(rows), part.split(rows))]
+    return sum(sums)
+
+
 @torch.no_grad()
 def _draw(model, device, dtype, bits, seed):
     """Fills a model that was built on the meta device with random weights, see `Llama.random`."""
@@ -575,8 +592,7 @@ def _load(model, checkpoint, device, dtype, bits=None):
         for name, parts in sources.items():
             weight = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
             for (part, _), rows in zip(parts, weight.split([rows for _, rows in parts])):
-                rows.copy_(checkpoint.load(part))
-                sums[part] = rows.sum(dtype=torch.float32)
+                sums[part] = _copied(rows, checkpoint.parts(part))
                 progress.update(rows.nbytes)
             _place(model, name, weight, bits)
     _finish(model, bits)

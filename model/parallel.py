@@ -172,6 +172,9 @@ class Slice:
         parts = [tensor.narrow(axis, part.start, len(part)) for part in ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
+    def parts(self, name):
+        yield self.load(name)
+
     def _piece(self, name):
         return self._pieces.get(name.split(".")[-2] if "." in name else name, (None, None, None))
 

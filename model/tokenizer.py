@@ -19,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from . import chat_template
 from .files import CheckpointError, brief, read_json
 from .gguf_file import read_gguf
+from .limits import check_stop
 from .presets import locate
 
 # What a pre-tokenizer named in GGUF files cuts out of the text, expression by expression, before byte-level BPE: llama.cpp's
@@ -204,8 +205,7 @@ class Stream:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool, stop: Sequence[str] = ()) -> None:
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop is {brief(stop)}, expected a list of texts that are not empty")
+        check_stop(stop)
         self._tokenizer, self._skip_special, self._stop = tokenizer, skip_special, tuple(stop)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = tokenizer._strip

@@ -192,7 +192,7 @@ def test_a_shape_from_the_command_line(trillama, small, tmp_path):
         (("--threads", 0), "--threads is 0, expected at least 1"),
         (("--threads", -2), "--threads is -2, expected at least 1"),
         (("--shape", "llama-3.1-8b", "--model", "smollm2"), "not allowed with"),
-        (("--shape", "smollm2-135m", "--layers", 0), "num_hidden_layers is 0"),
+        (("--shape", "smollm2-135m", "--layers", 0), "--layers is 0, expected at least 1"),
     ],
 )
 def test_mistakes(trillama, line, message):
@@ -266,6 +266,29 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_runs(trillama, tm
     assert err.startswith(f"trillama: error: {option} is {tmp_path / file}, expected {said}")
     assert err.count("\n") == 1
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_backend_of_a_benchmark(trillama, monkeypatch):
+    from trillama.kernels import dispatch
+
+    monkeypatch.setattr(decode, "run", lambda args: print(dispatch.backend()))
+    assert trillama("bench", "--backend", "triton") == (0, "triton\n", "")
+    assert trillama("bench") == (0, "reference\n", "")  # of the environment
+    monkeypatch.delenv("TRILLAMA_BACKEND")
+    assert trillama("bench") == (0, "auto\n", "")
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    from trillama.bench import plots
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"x\.json: No space left on device$"):
+        files.rewrite(tmp_path / "x.json", "new")
+    with pytest.raises(OSError, match=r"x\.png: No space left on device$"):
+        plots.save(types.SimpleNamespace(savefig=full), tmp_path / "x.png")
 
 
 def test_a_plot_needs_matplotlib_before_anything_runs(trillama, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trillama.bench.cases import DTYPES, OPS, Case, available, case
+from trillama.bench.cases import OPS, Case, available, case, torch_dtype
 from trillama.bench.peers import ENGINES, why_not
 from trillama.kernels import QuantizedWeight, decode, use_backend
 
@@ -70,7 +70,7 @@ def test_least_bytes_are_those_of_the_arguments(op):
         total -= sum(inputs[n].numel() * inputs[n].element_size() for n in ("cos", "sin", "k_cache", "v_cache"))
         total += 2 * 3 * 32 * 4 + inputs["k"].numel() * 2 * 2
     assert c.moved == total
-    assert DTYPES[c.dtype] == torch.bfloat16
+    assert torch_dtype(c.dtype) == torch.bfloat16
 
 
 def test_calls_are_timed_as_in_a_step(monkeypatch):

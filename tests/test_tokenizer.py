@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 import sys
 import time
@@ -683,10 +684,10 @@ def test_hostile_template(tmp_path, monkeypatch, how):
     template, words = HOSTILE[how]
     monkeypatch.setattr(chat_template, "SECONDS", 4)
     ours = with_template(tmp_path, template)
-    start = time.perf_counter()
+    before = sum(os.times()[2:4])  # of children: what else the machine does is no fault of the template
     with pytest.raises(ValueError, match=words) as caught:
         ours.apply_chat_template([])
-    assert time.perf_counter() - start < 15
+    assert sum(os.times()[2:4]) - before < 8
     assert "\n" not in str(caught.value)
 
 

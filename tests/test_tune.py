@@ -10,7 +10,7 @@ import sys
 import clocks
 import pytest
 import torch
-from trillama.bench import apart, tune
+from trillama.bench import apart, check, tune
 from trillama.bench.cases import case
 from trillama.kernels import decode, dispatch, rms_norm, tuning, use_backend
 from trillama.kernels.dispatch import INTERPRETED, observe
@@ -253,7 +253,7 @@ def test_what_an_op_writes_counts(op, key, fields, monkeypatch):
     assert (own.reason, other.reason) == (None, None)
     assert inside == [True, True]  # as in a model's step, where no call clears counters of its own
 
-    calls, whole = [], tune.outcome
+    calls, whole = [], check.outcome
     left = len(whole(c, "cpu"))
     assert left > (1 if op.endswith("_") else 0)
 
@@ -264,7 +264,7 @@ def test_what_an_op_writes_counts(op, key, fields, monkeypatch):
             result[-1].view(-1)[-1:] += 1
         return result
 
-    monkeypatch.setattr(tune, "outcome", spoiled)
+    monkeypatch.setattr(check, "outcome", spoiled)
     own, other = tune.compare(c, key, [fields], measure, "cpu")
     assert other.seconds is None
     assert f"tensor {left - 1}" in other.reason

@@ -16,7 +16,7 @@ from ...kernels.dispatch import dependent_launch
 from ...model import KVCache, Llama, generate, generation
 from .. import oracle, proofs, timing
 from ..apart import one_line
-from ..cases import DTYPES, Model
+from ..cases import DTYPES, Model, torch_dtype
 from . import Job
 
 PARALLEL = True
@@ -43,7 +43,7 @@ def jobs(card):
 def _op_jobs(card, dtypes):
     for op, (size, compiled) in OPS.items():
         for dtype in dtypes:
-            names = proofs.trials(op, DTYPES[dtype])
+            names = proofs.trials(op, torch_dtype(dtype))
             if card.small:
                 names = _cheap(op)
             for start in range(0, len(names), size):
@@ -188,7 +188,7 @@ def verdict(op, case, dtype, prove, border=BORDER):
 
 def ops(op, dtype, names):
     for name in names:
-        yield from verdict(op, name, dtype, lambda name=name: proofs.run(op, name, DTYPES[dtype], "cuda"))
+        yield from verdict(op, name, dtype, lambda name=name: proofs.run(op, name, torch_dtype(dtype), "cuda"))
 
 
 # --- every tile at real sizes ----------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def large(dtype, head_dim, small=False):
     for S, T, options, backward in shapes:
         case = f"{head_dim} wide, {S} x {T}" + "".join(f", {n} {v}" for n, v in options.items()) + ", backward" * backward
         yield from verdict(
-            "flash_attention", case, dtype, lambda a=(S, T, options, backward): _attention(DTYPES[dtype], head_dim, *a)
+            "flash_attention", case, dtype, lambda a=(S, T, options, backward): _attention(torch_dtype(dtype), head_dim, *a)
         )  # fmt: skip
 
 
@@ -240,11 +240,11 @@ def decode(dtype, head_dim, small=False):
         arguments = {"Hq": Hq, "Hk": Hk, "S": S, "T": T, "D": head_dim, "lengths": (T, T // 2 + 1), "packed": True}
         yield from verdict(
             "decode_attention", f"{head_dim} wide, {Hq} to {Hk} heads, {S} new, {T} keys", dtype,
-            lambda arguments=arguments: proofs.decode_attention("cuda", DTYPES[dtype], **arguments),
+            lambda arguments=arguments: proofs.decode_attention("cuda", torch_dtype(dtype), **arguments),
         )  # fmt: skip
     if head_dim == 64 and not small:  # more than the second and third axes of a grid take
         many = {"B": 70000, "Hq": 1, "Hk": 1, "T": 3, "D": 16, "lengths": (3,) * 70000}
-        prove = lambda: proofs.decode_attention("cuda", DTYPES[dtype], **many)  # noqa: E731
+        prove = lambda: proofs.decode_attention("cuda", torch_dtype(dtype), **many)  # noqa: E731
         yield from verdict("decode_attention", "70000 sequences", dtype, prove)
 
 
@@ -255,7 +255,7 @@ def linear(dtype, some, small=False):
         arguments = {"lead": (rows, 1), "K": K, "N": N, "bits": bits, "fused": fused}
         yield from verdict(
             "decode_linear", case, dtype,
-            lambda arguments=arguments: proofs.decode_linear("cuda", DTYPES[dtype], **arguments),
+            lambda arguments=arguments: proofs.decode_linear("cuda", torch_dtype(dtype), **arguments),
         )  # fmt: skip
 
 
@@ -264,7 +264,7 @@ def choose(dtype):
         for options in (proofs.OPTIONS[0], proofs.OPTIONS[-1]):
             yield from verdict(
                 "choose", f"{vocabulary}, {options or 'greedy'}", dtype,
-                lambda v=vocabulary, o=options: proofs.choose("cuda", DTYPES[dtype], vocabulary=v, options=o, steps=2),
+                lambda v=vocabulary, o=options: proofs.choose("cuda", torch_dtype(dtype), vocabulary=v, options=o, steps=2),
             )  # fmt: skip
 
 
@@ -277,7 +277,7 @@ def make(name, dtype, bits):
     """Random weights under which activations keep their size and logits differ by some."""
     m = MODELS[name]
     torch.manual_seed(1)
-    model = Llama({**m.config(), "initializer_range": m.hidden**-0.5, "eos_token_id": 0}).to("cuda", DTYPES[dtype]).eval()
+    model = Llama({**m.config(), "initializer_range": m.hidden**-0.5, "eos_token_id": 0}).to("cuda", torch_dtype(dtype)).eval()
     with torch.no_grad():
         model.lm_head.weight *= 3
     if bits is not None:
@@ -354,11 +354,11 @@ def whole_model(model, dtype, bits, new):
     def logits():
         with use_backend("reference"):
             exact, plain = exactly(ids), plainly(ids)
-        cache = KVCache(model.config, 3, 9 + new, DTYPES[dtype], "cuda")
+        cache = KVCache(model.config, 3, 9 + new, torch_dtype(dtype), "cuda")
         got = [model(ids[:, :9], cache), *(model(ids[:, n : n + 1], cache) for n in range(9, 9 + new))]
         got = torch.cat(got, 1)
         assert got.isfinite().all(), "logits are not finite"
-        oracle.check(got.to(DTYPES[dtype]), exact, plain.to(DTYPES[dtype]), fp32=1e-5)
+        oracle.check(got.to(torch_dtype(dtype)), exact, plain.to(torch_dtype(dtype)), fp32=1e-5)
 
     def gradients():
         def of(m):
@@ -383,11 +383,11 @@ def whole_model(model, dtype, bits, new):
         """Steps of one and three rows from the cache of eight: bit for bit."""
         prompt = torch.randint(vocabulary, (8, 11), device="cuda")
         steps = torch.randint(vocabulary, (1 if _interpreted() else 3, 8, 1), device="cuda")
-        start = KVCache(model.config, 8, 64, DTYPES[dtype], "cuda")
+        start = KVCache(model.config, 8, 64, torch_dtype(dtype), "cuda")
         model.hidden_states(prompt, start)
 
         def hidden(rows):
-            cache = KVCache(model.config, rows, 64, DTYPES[dtype], "cuda")
+            cache = KVCache(model.config, rows, 64, torch_dtype(dtype), "cuda")
             for mine, given in zip((*cache.k, *cache.v, cache.lengths), (*start.k, *start.v, start.lengths)):
                 mine.copy_(given[:rows])
             cache.filled = start.filled
@@ -478,8 +478,8 @@ def adapter(dtype):
     )  # fmt: skip
     make, config = transformers.LlamaForCausalLM._from_config, transformers.LlamaConfig(**sizes)
     torch.manual_seed(2)
-    theirs = make(copy.deepcopy(config), attn_implementation="eager").to("cuda", DTYPES[dtype]).eval()
-    ours = make(copy.deepcopy(config), attn_implementation="trillama").to("cuda", DTYPES[dtype]).eval()
+    theirs = make(copy.deepcopy(config), attn_implementation="eager").to("cuda", torch_dtype(dtype)).eval()
+    ours = make(copy.deepcopy(config), attn_implementation="trillama").to("cuda", torch_dtype(dtype)).eval()
     ours.load_state_dict(theirs.state_dict())
     patch(ours)
     exact = copy.deepcopy(theirs).float()  # their masks overflow in float64
@@ -512,7 +512,7 @@ KVCACHE = {  # queries, new tokens, pages, padding on the left, rotary embedding
 
 def kvcache(dtype):
     for case, arguments in KVCACHE.items():
-        yield from verdict("flash_attn_with_kvcache", case, dtype, lambda a=arguments: _kvcache(DTYPES[dtype], *a))
+        yield from verdict("flash_attn_with_kvcache", case, dtype, lambda a=arguments: _kvcache(torch_dtype(dtype), *a))
 
 
 def _kvcache(dtype, S, new, paged, padded, rotary, options):
@@ -546,7 +546,7 @@ def device(dtype):
         return
     for op in OPS:
         name = proofs.trials(op, torch.float32)[0]
-        yield from verdict("another device", op, dtype, lambda op=op, name=name: proofs.run(op, name, DTYPES[dtype], "cuda:1"))
+        yield from verdict("another device", op, dtype, lambda op=op, name=name: proofs.run(op, name, torch_dtype(dtype), "cuda:1"))
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import sys
 import threading
 
 from .. import proofs
-from ..cases import DTYPES
+from ..cases import torch_dtype
 from . import Job
 
 PARALLEL = True
@@ -140,7 +140,7 @@ def main(group, small):
             stack.enter_context(pretend())
         for op, names in GROUPS[group].items():
             for name in names:
-                proofs.run(op, name, DTYPES["fp16" if small else "bf16"], "cuda")
+                proofs.run(op, name, torch_dtype("fp16" if small else "bf16"), "cuda")
                 print(op, name, flush=True)
 
 

@@ -5,7 +5,7 @@ A job is one candidate: the table's own entry is measured beside it, and what ei
 
 import json
 
-from .. import cases, plots, tune
+from .. import cases, check, plots, tune
 from . import Job
 
 PARALLEL = False
@@ -39,7 +39,7 @@ def case(name, model, dtype, tokens):
 
 def warm(name, model, dtype, function, arguments, fields, tokens):
     with tune.entries({(function, tuple(arguments)): fields}):
-        tune.outcome(case(name, model, dtype, tokens), "cuda")
+        check.outcome(case(name, model, dtype, tokens), "cuda")
 
 
 def run(name, model, dtype, function, arguments, fields, tokens):
