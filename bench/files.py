@@ -25,12 +25,12 @@ def check(option, file):
 def rewrite(file, text):
     """Puts the text in the place of the file in one step: whoever reads it or ends this process finds all of the old or the new.
     A pipe or a device is written to. An OSError names the file."""
-    file = Path(os.path.realpath(file))  # of a link, what it points to
+    file = Path(file)
     with naming(file):
         if file.exists() and not file.is_file():
             file.write_text(text, encoding="utf-8")
         else:
-            _replace(file, text)
+            _replace(Path(os.path.realpath(file)), text)  # of a link, what it points to
 
 
 def _replace(file, text):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from trillama.bench import decode, files, oracle, timing
+from trillama.bench import cache_study, decode, files, oracle, timing
 from trillama.kernels import quantized, use_backend
 from trillama.model import Llama, generate, shapes
 
@@ -209,7 +209,7 @@ def test_what_was_measured_is_in_the_file_whatever_comes_then(trillama, small, t
     file, found = tmp_path / "link.json", []
     (tmp_path / "real.json").write_text("of before")
     file.symlink_to("real.json")
-    owner, name = (decode.cache_study, "study") if more else (decode, "measure")
+    owner, name = (cache_study, "study") if more else (decode, "measure")
     real = getattr(owner, name)
 
     def until_the_third(*arguments):
@@ -232,7 +232,8 @@ def test_a_pipe_gets_one_document(trillama, small):
     line = ("--shape", "llama", "--prompt", "4,5", "--new", 2, "--rounds", 1, "--device", "cpu")
     read, write = os.pipe()
     with open(read) as pipe:
-        assert trillama("bench", *line, "--json", f"/dev/fd/{write}")[0] == 0
+        status, _, error = trillama("bench", *line, "--json", f"/dev/fd/{write}")
+        assert status == 0, error
         os.close(write)
         assert [row["prompt"] for row in json.load(pipe)["rows"]] == [4, 5]
 
