@@ -22,6 +22,8 @@ def spread(config):
     import torch
 
     option = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whoever was started has no word on processes either
+        return
     if not config.pluginmanager.has_plugin("xdist") or option.numprocesses is not None or option.dist != "no" or option.tx:
         return
     watched = option.usepdb or option.collectonly or option.capture == "no"

@@ -29,6 +29,13 @@ def config(source="TESTPATHS", plugins=("xdist",), **given):
     )  # fmt: skip
 
 
+def test_a_process_that_was_started_starts_none(monkeypatch):
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    asked = config()
+    progress.spread(asked)
+    assert asked.option.numprocesses is None
+
+
 def report(name, outcome="passed", when="call"):
     return SimpleNamespace(nodeid=f"tests/test_x.py::{name}", outcome=outcome, failed=outcome == "failed", when=when)
 
@@ -63,6 +70,7 @@ def test_an_error_outside_the_test_is_shown():
 
 
 def test_the_whole_suite_takes_all_cores(monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr(progress, "cores", lambda: 3)
     asked = config()
     progress.spread(asked)
@@ -78,7 +86,8 @@ def test_the_whole_suite_takes_all_cores(monkeypatch):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_asked_for_stays(given):
+def test_what_is_asked_for_stays(monkeypatch, given):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     asked = config(**given)
     before = dict(vars(asked.option))
     progress.spread(asked)
