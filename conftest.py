@@ -14,6 +14,8 @@ Formulas in float64 and the comparison rules are in bench/oracle.py.
 import contextlib
 import importlib.util
 import os
+import re
+import sys
 
 import pytest
 
@@ -93,15 +95,43 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A file that cannot be imported without a package of setup.py's lists is skipped where that package is not installed."""
+    report = yield
+    name = re.search(r"^E +ModuleNotFoundError: No module named '(\w+)", str(report.longrepr), re.MULTILINE)
+    if report.failed and name and absent(name[1]):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: needs the package {name[1]}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item):
-    with interpreter_willing():
+    with packages_there(), interpreter_willing():
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    with interpreter_willing():
+    with packages_there(), interpreter_willing():
         return (yield)
+
+
+def absent(package):
+    """Whether it is one that setup.py asks for and that cannot be found, whatever a test has put into sys.modules."""
+    asked = open(os.path.join(os.path.dirname(__file__), "setup.py"), encoding="utf-8").read().replace("-", "_")
+    asked = re.search(rf"""["']{package}[^\w]""", asked) is not None
+    return asked and not any(finder.find_spec(package, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+
+
+@contextlib.contextmanager
+def packages_there():
+    """A test that meets a package which is not installed, and asked nobody about it, is skipped for that."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name and absent(error.name.partition(".")[0]):
+            pytest.skip(f"needs the package {error.name.partition('.')[0]}")
+        raise
 
 
 @contextlib.contextmanager

@@ -4,11 +4,18 @@ The sandbox keeps a template from reaching Python, but not from looping or from 
 process that can be ended does. Its start takes about a tenth of a second, once a turn of a dialogue.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
 
-SECONDS = 10
+try:
+    import resource
+except ImportError:  # no POSIX
+    resource = None
+
+SECONDS = 10  # of processor time, where the system can limit it: a busy machine, which takes longer, is given PATIENCE times that
+PATIENCE = 10
 BYTES = 1 << 30  # address space of the process, where the system can limit it
 LONGEST = 16 << 20  # characters of a rendered dialogue
 
@@ -22,11 +29,12 @@ def render(template, variables):
         request = json.dumps({"template": template, "variables": variables})
     except (TypeError, ValueError) as error:
         raise ValueError(f"messages cannot be handed to the chat template: {error}") from None
-    command = [sys.executable, "-I", __file__, *filter(None, sys.path)]
+    command = [sys.executable, "-I", __file__, str(SECONDS), *filter(None, sys.path)]
+    patience = SECONDS * (PATIENCE if resource else 1)
     try:
-        done = subprocess.run(command, input=request, capture_output=True, encoding="utf-8", timeout=SECONDS)
+        done = subprocess.run(command, input=request, capture_output=True, encoding="utf-8", timeout=patience)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"the chat template does not come to an end within {SECONDS} seconds") from None
+        raise ValueError(f"the chat template does not come to an end within {patience} seconds") from None
     try:
         reply = json.loads(done.stdout)
     except ValueError:  # the process was ended by its limits, or it could not even start
@@ -92,12 +100,10 @@ def _serve():
 
 
 if __name__ == "__main__":
-    sys.path[:] = sys.argv[1:]
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    except (ImportError, ValueError, OSError):  # no such limits on this system: the time limit of the caller holds
-        pass
+    seconds, sys.path[:] = int(sys.argv[1]), sys.argv[2:]
+    if resource:
+        with contextlib.suppress(ValueError, OSError):  # what the system does not limit: the caller's patience ends
+            resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     print(json.dumps(_serve()))

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 import sys
 import time
@@ -682,10 +683,10 @@ def test_hostile_template(tmp_path, monkeypatch, how):
     template, words = HOSTILE[how]
     monkeypatch.setattr(chat_template, "SECONDS", 4)
     ours = with_template(tmp_path, template)
-    start = time.perf_counter()
+    before = sum(os.times()[2:4])
     with pytest.raises(ValueError, match=words) as caught:
         ours.apply_chat_template([])
-    assert time.perf_counter() - start < 15
+    assert sum(os.times()[2:4]) - before < 4 + 1  # processor time of the process that renders: a busy machine takes longer
     assert "\n" not in str(caught.value)
 
 
