@@ -16,6 +16,7 @@ import importlib.util
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -118,9 +119,10 @@ def pytest_runtest_call(item):
 
 def absent(package):
     """Whether it is one that setup.py asks for and that cannot be found, whatever a test has put into sys.modules."""
-    asked = open(os.path.join(os.path.dirname(__file__), "setup.py"), encoding="utf-8").read().replace("-", "_")
-    asked = re.search(rf"""["']{package}[^\w]""", asked) is not None
-    return asked and not any(finder.find_spec(package, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+    asked = Path(__file__).with_name("setup.py").read_text(encoding="utf-8").replace("-", "_")
+    if not re.search(rf"""["']{package}\b""", asked):
+        return False
+    return not any(finder.find_spec(package, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
 
 
 @contextlib.contextmanager
