@@ -15,6 +15,8 @@ import contextlib
 import importlib.util
 import os
 import re
+import sys
+from pathlib import Path
 
 import progress
 import pytest
@@ -132,15 +134,44 @@ def beyond_a_few(items):
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A file that cannot be imported without a package of setup.py's lists is skipped where that package is not installed."""
+    report = yield
+    name = re.search(r"^E +ModuleNotFoundError: No module named '(\w+)", str(report.longrepr), re.MULTILINE)
+    if report.failed and name and absent(name[1]):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: needs the package {name[1]}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item):
-    with interpreter_willing():
+    with packages_there(), interpreter_willing():
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    with interpreter_willing():
+    with packages_there(), interpreter_willing():
         return (yield)
+
+
+def absent(package):
+    """Whether it is one that setup.py asks for and that cannot be found, whatever a test has put into sys.modules."""
+    asked = Path(__file__).with_name("setup.py").read_text(encoding="utf-8").replace("-", "_")
+    if not re.search(rf"""["']{package}\b""", asked):
+        return False
+    return not any(finder.find_spec(package, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+
+
+@contextlib.contextmanager
+def packages_there():
+    """A test that meets a package which is not installed, and asked nobody about it, is skipped for that."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name and absent(error.name.partition(".")[0]):
+            pytest.skip(f"needs the package {error.name.partition('.')[0]}")
+        raise
 
 
 @contextlib.contextmanager

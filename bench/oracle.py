@@ -104,6 +104,19 @@ def check(actual, exact, plain=None, fp32=1e-6, eager=None):
     assert got <= allowed < math.inf, f"relative error {got:.2e}, allowed {allowed:.2e}{rule}"
 
 
+def conditioning(function, *tensors):
+    """How far half a unit in the last place of the tensors' elements, up or down at random, moves function(*tensors), a function
+    in float64: the relative error that rounding its arguments once makes. A sound algorithm in their dtype rounds more than once,
+    and is off by a small multiple of this, on whatever machine and in whatever order it adds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(t):
+        half = torch.finfo(t.dtype).eps / 2
+        return t.double() * (1 + half * (2 * torch.rand(t.shape, generator=generator, dtype=torch.float64) - 1))
+
+    return error(function(*map(moved, tensors)), function(*(t.double() for t in tensors)))
+
+
 def exact(*tensors):
     """Leaf copies in float64 that require gradients (None is passed on)."""
     copies = [None if t is None else t.detach().double().cpu().requires_grad_(t.is_floating_point()) for t in tensors]

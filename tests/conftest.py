@@ -1,6 +1,19 @@
 """Fixtures that several test files share."""
 
+import signal
+
 import pytest
+
+
+@pytest.fixture
+def signals():
+    """Signals do what they do in a terminal, here and in the processes that a test starts, though pytest itself may ignore them
+    (`nohup pytest &`)."""
+    usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    before = {n: signal.signal(getattr(signal, n), handler) for n, handler in usual.items() if hasattr(signal, n)}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import signal
 import time
 
 PARALLEL = False
+LONG = 600  # seconds that a job hangs: who is back before that has not waited for it
 
 
 def works(n=2):
@@ -33,12 +34,12 @@ def leaves():
 
 def hangs():
     yield {"i": 0}
-    time.sleep(600)
+    time.sleep(LONG)
 
 
 def lingers():
     yield {"pid": os.getpid()}
-    time.sleep(600)
+    time.sleep(LONG)
 
 
 def chatters():

@@ -174,6 +174,7 @@ def test_mistakes(chat, options, words):
 # --- a terminal ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.skipif(os.name == "nt", reason="terminals of POSIX")
 def test_terminal(tiny_folder, parts):
     """Ctrl-C at a terminal ends an answer and leaves the dialogue; Ctrl-C at the prompt leaves all as it is; Ctrl-D leaves."""
@@ -190,7 +191,7 @@ def test_terminal(tiny_folder, parts):
 
     def until(condition, again=lambda: None):
         nonlocal seen
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not condition(seen):
             assert time.monotonic() < deadline, seen
             if not select.select([ours], [], [], 0.5)[0]:
@@ -213,7 +214,7 @@ def test_terminal(tiny_folder, parts):
         until(prompts(3), again=lambda: process.send_signal(signal.SIGINT))  # readline misses one that comes too early
         os.write(ours, b"\x04")
         until(lambda text: False)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=600) == 0
     finally:
         process.kill()
         process.wait()
@@ -225,6 +226,7 @@ def test_terminal(tiny_folder, parts):
     assert whole.startswith(partial.rstrip("\n"))
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_interrupted_answer_stays_in_the_dialogue(parts):
     """A real SIGINT in the middle of a step; the next turn knows what was said and computes none of it again."""

@@ -332,6 +332,7 @@ def test_a_bug_is_not_hidden(monkeypatch):
         cli.main(["bench"])
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_text_comes_as_it_is_generated_and_an_interrupt_is_quiet(tiny_folder):
     command = [*TRILLAMA, "generate", "a", "--model", str(tiny_folder), "--max-new-tokens", "500", "--temperature", "1"]
@@ -339,7 +340,7 @@ def test_text_comes_as_it_is_generated_and_an_interrupt_is_quiet(tiny_folder):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         process.stdout.read(1)  # it is generating
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Traceback" not in err
 
@@ -352,7 +353,7 @@ def test_closed_pipe_is_quiet(tiny_folder):
         process.stdout.read(1)
         process.stdout.close()
         err = process.stderr.read().decode()
-        assert process.wait(timeout=60) == 141
+        assert process.wait(timeout=600) == 141
     assert "Traceback" not in err
     assert "BrokenPipe" not in err
 

@@ -358,6 +358,7 @@ sys.exit(cli.main(["convert", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_an_interrupt_leaves_nothing(tmp_path):
     make().save_pretrained(tmp_path / "hf")
@@ -366,7 +367,7 @@ def test_an_interrupt_leaves_nothing(tmp_path):
         while process.poll() is None and not list(tmp_path.glob(".new.*/consolidated.00.pth")):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -98,7 +98,7 @@ def test_the_reference_has_them(name, argument, direct):
     if "embed" in name and direct:
         pytest.skip("has no reference of its own")
     given = tensors(name, torch.float64)
-    step, tolerance = (0.5, 1e-5) if "int8" in name else (1e-6, 1e-7)  # which is linear in all, and has float32 inside
+    step = 0.5 if "int8" in name else 1e-6  # which is linear in all, and has float32 inside
 
     def moved(by):
         shifted = {n: t.clone() for n, t in given.items()}
@@ -110,13 +110,17 @@ def test_the_reference_has_them(name, argument, direct):
         dual[argument] = forward_ad.make_dual(dual[argument], torch.ones_like(dual[argument]))
         out = call(name, dual, reference if direct else k)
         tangent = forward_ad.unpack_dual(out).tangent
-    expected = (moved(step) - moved(-step)) / (2 * step)
+    above, below = moved(step), moved(-step)
+    expected = (above - below) / (2 * step)
+    allowed = 1e-7 * (1 + expected.abs())
+    if "int8" in name:
+        allowed = 8 * torch.finfo(torch.float32).eps * torch.cat((above, below)).abs().max()
     if tangent is None:
         assert name == "rope_append_"
         assert argument in ("v", *CACHES)
         assert not expected.any()
     else:
-        assert torch.allclose(tangent, expected, rtol=tolerance, atol=tolerance)
+        assert ((tangent - expected).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

@@ -27,7 +27,7 @@ def worker(monkeypatch, tmp_path):
     """A worker on a pretended GPU, as a function of a job's name: ((status, error), its results)."""
     made = apart.Worker(tmp_path / "log.txt", rehearse=True)
 
-    def do(job, *arguments, limit=120):
+    def do(job, *arguments, limit=jobs.LONG):
         results = []
         return made.do(job, arguments, limit, results.append), results
 
@@ -101,7 +101,7 @@ for name in {apart.PRELOADED}:
     except ImportError:
         assert name == "triton"
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
@@ -116,11 +116,10 @@ def test_an_error_on_this_side_costs_the_job(worker):
 def test_a_job_of_many_results_ends_in_time(worker):
     """Each comes soon enough, all of them do not."""
     worker(jobs.works)
-    results, start = [], time.monotonic()
-    outcome = worker.worker.do(jobs.slow, (100, 0.2), 60, results.append, until=start + 2)
+    results = []
+    outcome = worker.worker.do(jobs.slow, (3000, 0.2), 60, results.append, until=time.monotonic() + 2)
     assert outcome == ("left out", "no time was left for its end")
-    assert 0 < len(results) < 20
-    assert time.monotonic() - start < 30
+    assert len(results) < 11  # a fifth of a second each: two seconds hold no more on any machine
 
 
 def test_a_worker_compiles_on_one_core(worker):
@@ -199,8 +198,8 @@ def test_a_crash_and_a_hang_cost_their_job(worker):
     assert worker(jobs.leaves)[0] == ("crashed", "ended with status 7")
     worker(jobs.works)
     start = time.monotonic()
-    assert worker(jobs.hangs, limit=2) == (("hung", "no answer within 2 s"), [{"i": 0}])
-    assert time.monotonic() - start < 60
+    assert worker(jobs.hangs, limit=5) == (("hung", "no answer within 5 s"), [{"i": 0}])
+    assert time.monotonic() - start < jobs.LONG
     assert worker(jobs.works)[0] == ("ok", None)
 
 
@@ -230,6 +229,7 @@ def test_a_capture_that_failed_unseen(worker):
     assert worker(jobs.works)[0] == ("ok", None)
 
 
+@pytest.mark.usefixtures("signals")
 def test_an_interruption_side_by_side_leaves_nobody_and_blames_nobody(tmp_path):
     ends, pids = [], []
 
@@ -237,14 +237,14 @@ def test_an_interruption_side_by_side_leaves_nobody_and_blames_nobody(tmp_path):
         pids.append(value["pid"])
         signal.raise_signal(signal.SIGINT) if len(pids) == 2 else None
 
-    tasks = [(i, jobs.lingers, (), 30) for i in range(4)]
+    tasks = [(i, jobs.lingers, (), jobs.LONG) for i in range(4)]
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        apart.side_by_side(tasks, 2, tmp_path / "log.txt", True, start + 300, note, lambda *end: ends.append(end))
+        apart.side_by_side(tasks, 2, tmp_path / "log.txt", True, start + jobs.LONG, note, lambda *end: ends.append(end))
     assert ends == []
     assert len(pids) == 2
     while pids:  # until the server that has forked them has seen it
-        assert time.monotonic() - start < 100
+        assert time.monotonic() - start < jobs.LONG
         with contextlib.suppress(ProcessLookupError):
             os.kill(pids[0], 0)
             time.sleep(0.1)
@@ -254,9 +254,9 @@ def test_an_interruption_side_by_side_leaves_nobody_and_blames_nobody(tmp_path):
 
 def test_side_by_side(tmp_path):
     work, results, ends = [jobs.works, jobs.leaves, jobs.works, jobs.fails], [], {}
-    tasks = [(i, job, (), 120) for i, job in enumerate(work)]
+    tasks = [(i, job, (), jobs.LONG) for i, job in enumerate(work)]
     apart.side_by_side(
-        tasks, 2, tmp_path / "log.txt", True, time.monotonic() + 300, lambda key, r: results.append((key, r["i"])),
+        tasks, 2, tmp_path / "log.txt", True, time.monotonic() + jobs.LONG, lambda key, r: results.append((key, r["i"])),
         lambda key, status, error, seconds: ends.update({key: status}),
     )  # fmt: skip
     assert ends == {0: "ok", 1: "crashed", 2: "ok", 3: "failed"}
@@ -329,8 +329,9 @@ def test_compiling_leaves_time_to_measure(begun, tmp_path, end):
     status, lines, _ = begun(*options)
     assert status == 0
     assert {line["status"] for line in lines} == {"ok"}
+    late = time.monotonic() - start
     warms = [(limit, until - start) for action, limit, until in begun.asked if action == "warm"]
-    assert all(100 < seconds < 170 for _, seconds in warms)
+    assert all(100 < seconds < 170 + late for _, seconds in warms)
     cold = [limit for action, limit, _ in begun.asked if action == "run"]
     begun.asked.clear()
     begun.warm = ("ok", None)
@@ -448,6 +449,7 @@ def test_a_gpu_that_does_not_answer_is_one_line(begun, monkeypatch, capsys):
     assert capsys.readouterr().err == "trillama: error: the GPU cannot be asked: no answer within 120 s\n"
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
 def test_only_the_first_signal_counts(first):
     """`timeout` sends two; a terminal that is closed sends another."""
@@ -476,9 +478,10 @@ def test_nohup_stays_in_force():
 def test_what_goes_before_leaves_time(begun):
     start = time.monotonic()
     begun("--only", "right", "safety", "--minutes", "5")
+    late = time.monotonic() - start  # the command counts from when it began, between the two
     right, safety = sorted({until - start for _, _, until in begun.asked})
-    assert 100 < right < 170
-    assert 280 < safety < 300
+    assert 100 < right < 170 + late
+    assert 280 < safety < 300 + late
 
 
 NVIDIA_SMI = """GPU-00000000-1111-2222-3333-444444444444, 1200 MHz, 90.00 W
@@ -597,17 +600,16 @@ def rehearse(folder, *options, **environment):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("signals")
 def test_an_interruption_keeps_what_there_is(tmp_path):
     argv = [sys.executable, "-m", "trillama.bench.hardware", "--rehearse", "--out", str(tmp_path), "--only", "facts", "right"]
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRILLAMA_BACKEND")}
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=clean) as run:
         file = tmp_path / "results.jsonl"
-        for _ in range(600):
+        while run.poll() is None and not (file.exists() and file.read_text().count("\n") >= 2):
             time.sleep(0.1)
-            if file.exists() and file.read_text().count("\n") >= 2:
-                break
         run.terminate()
-        out = run.communicate(timeout=120)[0]
+        out = run.communicate(timeout=600)[0]
     assert run.returncode == 130
     assert "interrupted" in out
     assert "A REHEARSAL: nothing here was measured." in out

@@ -69,7 +69,10 @@ def test_rms_norm_of_one_row_alone(backend, device, shape, casting):
     exact = oracle.rms_norm(x64, w64, 1e-5, 0.5)
     exact.square().sum().backward()
     oracle.check(y.cpu().detach().flatten(), exact)
-    assert torch.allclose(x.grad.cpu().flatten().double(), x64.grad, atol=1e-5)  # which is 0 for one element
+    # A difference of two terms, 0 for one element: it has the rounding of the terms, which grow as x shrinks.
+    terms = 2 * exact * (0.5 + w64) / (x64.square().mean() + 1e-5).sqrt()
+    off = x.grad.cpu().flatten().double() - x64.grad
+    assert off.abs().max() <= 8 * torch.finfo(torch.float32).eps * terms.abs().max()
     oracle.check(norm.weight.grad.cpu().flatten(), w64.grad, fp32=1e-5)
 
 

@@ -16,71 +16,88 @@ from trillama.model.gguf_file import read_gguf
 pytestmark = pytest.mark.host
 TESTS = Path(__file__).parent
 
-# What no wheel of ours pulls in, or not on every platform; and gguf and Numba, which a machine without a network may lack.
+# All that setup.py asks for but torch, pytest and numpy, and what tests look for beside it.
 PACKAGES = (
-    "transformers", "triton", "gguf", "numba", "liger_kernel", "flash_attn", "matplotlib", "sentencepiece", "tiktoken",
-    "pytest_benchmark",
+    "transformers", "triton", "gguf", "numba", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "tqdm", "liger_kernel",
+    "flash_attn", "matplotlib", "sentencepiece", "tiktoken", "accelerate", "pytest_benchmark", "pytest_timeout", "xdist",
 )  # fmt: skip
+NEEDED = ("triton", "safetensors", "tokenizers", "tqdm")  # by many files, which are skipped without them
 
 COLLECT = """
-import importlib, json, os, sys
-from pathlib import Path
-
+import json, os, sys
 import pytest, torch
 
 
 class Without:
-    def __init__(self, finder, package):
-        self.finder, self.package = finder, package
+    def __init__(self, finder, packages):
+        self.finder, self.packages = finder, packages
 
     def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] == self.package else self.finder.find_spec(name, path, target)
+        return None if name.partition(".")[0] in self.packages else self.finder.find_spec(name, path, target)
 
 
-def collect(package):
-    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+class Seen:
+    def pytest_sessionfinish(self, session):
+        self.files = sorted({item.path.name for item in session.items})
+
+
+def collect(packages):
+    assert not [name for name in sys.modules if name.partition(".")[0] in packages and not name.startswith("tqdm")]
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
         del sys.modules[name]
-    sys.meta_path[:] = [Without(finder, package) for finder in sys.meta_path]
-    problems = []
-    for file in sorted(Path(sys.path[0]).glob("test_*.py")):
-        try:
-            importlib.import_module(file.stem)
-        except pytest.skip.Exception:
-            pass
-        except BaseException as error:
-            problems.append(f"{file.name}: {type(error).__name__}: {error}")
-    return problems
+    sys.meta_path[:] = [Without(finder, packages) for finder in sys.meta_path]
+    seen = Seen()
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+    status = pytest.main([*options, sys.argv[1]], [seen])
+    return status, getattr(seen, "files", [])
 
 
-for package in sys.argv[2:]:
+os.environ.update(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+for packages in sys.argv[2:]:
     sys.stdout.flush()
     if os.fork() == 0:
-        print(json.dumps([package, collect(package)]))
-        sys.stdout.flush()
+        said = os.dup(1)
+        with open(f"{packages.replace(',', '-')[:40]}.txt", "w") as file:
+            os.dup2(file.fileno(), 1)
+            status, files = collect(packages.split(","))
+            sys.stdout.flush()
+            words = open(file.name).read()[-3000:] if status else ""
+            os.write(said, json.dumps([packages, status, files, words]).encode() + b"\\n")
         os._exit(0)
     os.wait()
-    if package == "transformers":  # half of the time goes into its imports: from here on all have them
-        try:
-            import transformers.models.llama.modeling_llama
-        except ImportError:
-            pass
 """
 
 
-@pytest.fixture(scope="module")
-def problems():
-    """By package: the test files that cannot be imported without it. One process imports what all need and forks for each."""
-    command = [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1])\n" + COLLECT, str(TESTS), *PACKAGES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=TESTS.parent)
+def collected(folder, *without):
+    """By packages, divided by commas: (status, files with tests, what pytest said if it failed) of collecting without them. One
+    process imports what all need and forks for each."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    command = [sys.executable, "-c", COLLECT, str(TESTS), *without]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
-    return dict(json.loads(line) for line in done.stdout.splitlines())
+    return {packages: rest for packages, *rest in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the collecting process forks")
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("package", PACKAGES)
-def test_every_file_is_collected_without(package, problems):
-    assert problems[package] == []
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the collecting process forks")
+
+
+@forks
+def test_every_file_is_collected_without_all_that_few_need(tmp_path):
+    packages = ",".join(package for package in PACKAGES if package not in NEEDED)
+    status, files, said = collected(tmp_path, packages)[packages]
+    assert status == 0, said
+    assert {"test_attention.py", "test_rope.py", "test_generate.py", "test_cli.py"} <= set(files)
+
+
+@forks
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_file_is_collected_without(tmp_path):
+    found = collected(tmp_path, *PACKAGES)
+    assert list(found) == list(PACKAGES)
+    assert {package: said for package, (status, _, said) in found.items() if status} == {}
+    for package, (_, files, _) in found.items():
+        assert package in NEEDED or len(files) > 40, (package, files)
 
 
 # --- gguf ------------------------------------------------------------------------------------------------------------

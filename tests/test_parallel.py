@@ -243,7 +243,8 @@ def test_the_page_has_what_the_command_prints(capsys):
 
 # --- the end ---------------------------------------------------------------------------------------------------------
 
-LIMIT = 60  # seconds in which a failure of one rank must have ended all
+LIMIT = 600  # seconds in which a failure of one rank has ended all on any machine
+ENDLESS = 3600.0  # patience of a rank: who ends before has not waited for another
 
 
 def generating(folder, *options):
@@ -251,9 +252,8 @@ def generating(folder, *options):
 
 
 def ended(world, survivors, message):
-    """Asserts that all survivors have ended with status 2 in time, and that stderr has one line."""
-    start = time.monotonic()
-    world.deadline = start + LIMIT
+    """Asserts that all survivors end with status 2, and that stderr has one line."""
+    world.deadline = time.monotonic() + LIMIT
     codes = world.codes()
     assert [codes[rank] for rank in survivors] == [2] * len(survivors), (codes, world.words())
     for rank in survivors:
@@ -262,29 +262,27 @@ def ended(world, survivors, message):
             lines == [f"trillama: error: {message}"] and 0 not in survivors
         ), world.words()
         assert "Traceback" not in world.output(rank, "err")
-    return time.monotonic() - start
 
 
 @pytest.mark.parametrize("dies", [0, 1, 2])
 def test_a_rank_is_killed(dies, tiny_folder, tmp_path):
-    """SIGKILL in the middle of a text, without torchrun to notice it."""
-    world = worlds.World(tmp_path, 3, worlds.command, generating(tiny_folder))
+    """SIGKILL in the middle of a text, without torchrun to notice it: the system says that a connection is closed."""
+    world = worlds.World(tmp_path, 3, worlds.command, generating(tiny_folder), None, None, ENDLESS)
     world.wait_for(lambda: world.output(0))
     world.signal(dies)
-    seconds = ended(world, [rank for rank in range(3) if rank != dies], f"rank {dies} is gone")
-    assert seconds < 10, "the system says at once that a connection is closed"
+    ended(world, [rank for rank in range(3) if rank != dies], f"rank {dies} is gone")
 
 
 def test_a_rank_is_killed_while_others_wait_for_it_to_load(tiny_folder, tmp_path):
-    world = worlds.World(tmp_path, 3, worlds.slow_to_load, generating(tiny_folder), 100)
+    world = worlds.World(tmp_path, 3, worlds.slow_to_load, generating(tiny_folder), ENDLESS)
     world.wait_for(lambda: world.output(1))
     world.signal(1)
-    assert ended(world, [0, 2], "rank 1 is gone") < 10
+    ended(world, [0, 2], "rank 1 is gone")
 
 
 def test_a_rank_that_is_stuck(tiny_folder, tmp_path):
     """Stopped, not dead: its connections stay open, and the collectives' own limit ends the others."""
-    world = worlds.World(tmp_path, 2, worlds.command, generating(tiny_folder), None, None, 2.0)
+    world = worlds.World(tmp_path, 2, worlds.command, generating(tiny_folder), None, None, 8.0)
     world.wait_for(lambda: world.output(0))
     world.signal(1, signal.SIGSTOP)
     world.processes[0].join(LIMIT)
@@ -373,9 +371,7 @@ def test_torchrun_and_a_killed_rank(tiny_folder):
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
         worker = next(int(c) for c in children if b"RANK=1" in Path(f"/proc/{c}/environ").read_bytes().split(b"\0"))
         os.kill(worker, signal.SIGKILL)
-        start = time.monotonic()
         _, words = run.communicate(timeout=LIMIT)
-        assert time.monotonic() - start < LIMIT
         assert run.returncode != 0
         assert "trillama: error: rank 1 is gone" in words or "SIGKILL" in words
     finally:

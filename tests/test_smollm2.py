@@ -104,13 +104,16 @@ def continued(model, tokenizer):
 @pytest.mark.few(4)
 @pytest.mark.parametrize("name", [*PROMPTS, "chat", "long"])
 def test_greedy_tokens_and_logits_are_transformers(name, continued, model, theirs):
-    """Where transformers' largest logit after every prefix is the token we chose, its greedy decoding is ours, token for token."""
+    """Where transformers' largest logit after every prefix is the token we chose, its greedy decoding is ours, token for token.
+    Of two that are nearer than the rounding of both models either may be chosen: each CPU adds in its own order."""
     prompt, new = continued[name]
     ids = torch.tensor([prompt + new])
     with torch.inference_mode():
         logits = theirs(ids).logits[0, len(prompt) - 1 :]
         ours = model(ids)[0, len(prompt) - 1 :]
-    assert logits[:-1].argmax(-1).tolist() == new
+    rounding = 2 * (ours - logits)[:-1].abs().amax(-1)
+    chosen = logits[:-1].gather(1, torch.tensor(new)[:, None])[:, 0]
+    assert (logits[:-1].amax(-1) - chosen <= rounding).all()
     assert oracle.error(ours, logits) < 1e-4
 
 
@@ -153,10 +156,14 @@ def test_triton_agrees_with_the_reference(model, tokenizer, triton):
         assert oracle.error(a, b) < 1e-5
 
 
-def test_bfloat16_is_close(smollm2_gguf, model, tokenizer):
+@pytest.fixture(scope="module")
+def half(smollm2_gguf):
+    return Llama.from_pretrained(smollm2_gguf, device="cpu", dtype=torch.bfloat16)
+
+
+def test_bfloat16_is_close(half, model, tokenizer):
     """bfloat16 does not keep float32's greedy tokens; its logits stay near."""
     ids = torch.tensor([encode(tokenizer, "a story")])
-    half = Llama.from_pretrained(smollm2_gguf, device="cpu", dtype=torch.bfloat16)
     with torch.inference_mode():
         assert oracle.error(half(ids), model(ids)) < 0.05
 
@@ -187,26 +194,41 @@ TEXTS = (
 )  # fmt: skip
 
 
-def perplexity(model, tokenizer):
-    losses = []
+def losses(model, tokenizer):
+    """Of every token of the texts; the exponential of their mean is the perplexity."""
+    found = []
     with torch.inference_mode():
         for text in TEXTS:
             ids = torch.tensor([tokenizer.encode(text)])
-            losses.append(torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="none"))
-    return torch.cat(losses).mean().exp().item()
+            found.append(torch.nn.functional.cross_entropy(model(ids)[0, :-1].float(), ids[0, 1:], reduction="none"))
+    return torch.cat(found)
 
 
-def test_perplexity(model, tokenizer):
+@pytest.fixture(scope="module")
+def exactly(model, tokenizer):
+    return losses(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def noise(half, exactly, tokenizer):
+    """How far PyTorch's bfloat16 moves the loss of a token on this CPU, in the mean of squares: each CPU has other products."""
+    return (losses(half, tokenizer) - exactly).std()
+
+
+def test_perplexity(exactly):
     """The weights are read as they were meant: a wrong order of rows or a wrong theta shows here."""
-    assert 10 < perplexity(model, tokenizer) < 25
+    assert 10 < exactly.mean().exp() < 25
 
 
-@pytest.mark.parametrize(("bits", "worse"), [("int8", 0.01), ("int4", 0.05)])
-def test_perplexity_of_quantised_weights(smollm2_gguf, model, tokenizer, bits, worse):
+@pytest.mark.parametrize(("bits", "worse"), [("int8", 0.01), ("int4", 0.005)])
+def test_perplexity_of_quantised_weights(smollm2_gguf, exactly, noise, tokenizer, bits, worse):
+    """What the weights cost is the same on every CPU. What bfloat16 adds is not: it scatters a token's loss about as it does with
+    plain weights, in both directions, so that the mean of all tokens stays where it was."""
     quantised = Llama.from_pretrained(smollm2_gguf, device="cpu", quantize=bits)
     assert quantised.model.embed_tokens.weight.dtype == torch.bfloat16
     assert all(m.quantized for m in quantised.modules() if isinstance(m, torch.nn.Linear))
-    found = perplexity(quantised, tokenizer)
-    exactly = perplexity(quantised.float(), tokenizer)  # the same weights with float32 around them: what their rounding costs
-    assert exactly / perplexity(model, tokenizer) - 1 < worse
-    assert abs(found / exactly - 1) < 0.005  # what bfloat16 adds, in either direction: each CPU has other products
+    found = losses(quantised, tokenizer)
+    weights = losses(quantised.float(), tokenizer)
+    assert (weights - exactly).mean().expm1() < worse
+    assert (found - weights).std() < 2 * noise
+    assert (found - weights).mean().abs() < 4 * noise / len(found) ** 0.5

@@ -22,7 +22,7 @@ context.set_forkserver_preload([
 class World:
     """size processes, each calling function(*arguments) with torchrun's environment; folder: where they write."""
 
-    def __init__(self, folder, size, function, *arguments, timeout=100.0):
+    def __init__(self, folder, size, function, *arguments, timeout=600.0):
         self.folder, self.size, self.deadline = Path(folder), size, time.monotonic() + timeout
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -142,9 +142,10 @@ def failing(argv, rank):
 
 
 def slow_to_load(argv, seconds):
-    """The command line where rank 1 takes its time to load."""
-    from trillama.model import llama
+    """The command line where rank 1 takes its time to load, and the others' patience does not end before."""
+    from trillama.model import llama, parallel
 
+    parallel.PATIENCE = seconds
     if os.environ["RANK"] == "1":
         load = llama._load
 
