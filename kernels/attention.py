@@ -653,7 +653,7 @@ def _attention(
         return _forward(q, k, v, starts_q, starts_k, scale, softcap, left, right, need_lse)
     if sequences is None:
         out, lse = reference.attention(q, k, v, scale, left, right, softcap, need_lse)
-        return _heads_inside(out), lse if need_lse else q.new_empty(0, dtype=reference.wide(q.dtype))
+        return _heads_inside(out), lse.contiguous() if need_lse else q.new_empty(0, dtype=reference.wide(q.dtype))
     out, lse = _outputs(q, need_lse)
     for rows, keys in sequences:
         o, l = reference.attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, left, right, softcap, need_lse)
@@ -682,9 +682,12 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     if uses_triton(q):
         return _backward(dout, dlse, q, k, v, out, lse, starts_q, starts_k, scale, softcap, left, right, need_dq, need_dkv)
+    if starts_q is None:
+        parts = reference.attention_backward(dout, dlse, q, k, v, out, lse, scale, left, right, softcap)
+        need = (need_dq, need_dkv, need_dkv)
+        return tuple(_heads_inside(t) if n else t.new_empty(0) for t, n in zip(parts, need))
     gradients = _gradients_like(q, k, v, need_dq, need_dkv)
-    every = [(slice(None), slice(None))]
-    for rows, keys in every if starts_q is None else reference.sequences(starts_q, starts_k, q.shape[2], k.shape[2]):
+    for rows, keys in reference.sequences(starts_q, starts_k, q.shape[2], k.shape[2]):
         parts = reference.attention_backward(
             dout[:, :, rows], None if dlse is None else dlse[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys],
             out[:, :, rows], lse[:, :, rows], scale, left, right, softcap,

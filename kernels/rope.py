@@ -224,7 +224,7 @@ def _apply_rope(
     """apply_rope, or with `inverse` the rotation by the opposite angles."""
     if uses_triton(q):
         return _rotate(q, k, cos, sin, positions, interleaved, inverse)
-    rotated = reference.apply_rope(q, k, cos, -sin if inverse else sin, positions=positions, interleaved=interleaved)
+    rotated = reference.turn(q, k, cos, sin, positions, interleaved, inverse)
     return _placed(rotated[0], q), _placed(rotated[1], k)
 
 
