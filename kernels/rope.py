@@ -258,7 +258,8 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dq, dk):
     cos, sin, positions = ctx.saved_tensors
-    return *_apply_rope_op(dq, dk, cos, sin, positions, ctx.interleaved, not ctx.inverse), None, None, None, None, None
+    turned = call(_apply_rope_op, _apply_rope, dq, dk, cos, sin, positions, ctx.interleaved, not ctx.inverse)
+    return *turned, None, None, None, None, None
 
 
 _apply_rope_op = register(
