@@ -66,7 +66,7 @@ def rms_norm_backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight)
         dweight = (g * normal.to(x.dtype) if rounded else product).sum_to_size(weight.shape).to(weight.dtype)
     if weight is not None:
         scale = factor(x, weight, offset, casting)
-        product, g = product.mul_(scale), g * scale
+        product, g = product * scale, g * scale  # not in place: of a single row it is dweight
     mean = product.sum(-1, keepdim=True).div_(max(1, x.shape[-1]))
     dx = torch.addcmul(g, normal, mean, value=-1, out=product).mul_(rstd)
     return (dx if dtotal is None else dx.add_(dtotal)).to(x.dtype).contiguous(), dweight
