@@ -25,6 +25,7 @@ from .dispatch import (
     architecture,
     asked,
     call,
+    call_back,
     cdiv,
     check,
     check_same,
@@ -720,7 +721,7 @@ def _gradients(ctx, dout, dlse):
     need_dq, need_dkv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     dout = torch.zeros_like(out) if dout is None else dout
     inputs = dout, dlse, q, k, v, out, lse, starts_q, starts_k, *ctx.rest, need_dq, need_dkv
-    dq, dk, dv = call(_backward_op, _attention_backward, *inputs)
+    dq, dk, dv = call_back(_backward_op, _attention_backward, *inputs)
     return dq if need_dq else None, *((dk, dv) if need_dkv else (None, None)), *([None] * (len(ctx.needs_input_grad) - 3))
 
 

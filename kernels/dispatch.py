@@ -474,6 +474,13 @@ def call(op, function, *arguments):
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def call_back(op, function, *arguments):
+    """`call` within a backward: a tangent that comes back along the graph is refused, by the op."""
+    if torch.compiler.is_compiling() or _dual(arguments) is not None:
+        return op(*arguments)
+    return call(op, function, *arguments)
+
+
 def unwatched(x):
     """Whether an op on x is a call of the reference and neither autograd nor torch.compile nor a dispatch mode would see more."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0 or type(x) not in _PLAIN:

@@ -16,6 +16,7 @@ from .dispatch import (
     architecture,
     await_inputs,
     call,
+    call_back,
     cdiv,
     check,
     check_same,
@@ -258,7 +259,7 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dq, dk):
     cos, sin, positions = ctx.saved_tensors
-    turned = call(_apply_rope_op, _apply_rope, dq, dk, cos, sin, positions, ctx.interleaved, not ctx.inverse)
+    turned = call_back(_apply_rope_op, _apply_rope, dq, dk, cos, sin, positions, ctx.interleaved, not ctx.inverse)
     return *turned, None, None, None, None, None
 
 
