@@ -245,11 +245,14 @@ def attention(q, k, v, scale, left, right, softcap, need_lse):
         q, scale = -q, -scale
     limited = _limited(S, left, right)
     if _fused_fits(q, k, scale, limited, softcap):
-        causal, mask = _fused_mask(q, k, left, right)
         if q.is_cpu and not (need_lse and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
-            q, k, v = (_rows_dense(t) for t in (q, _each(k, q), _each(v, q)))
-            return _fused(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-        if not need_lse:  # torch says nothing of the derivative of lse, and gives none on a GPU
+            dtype = wide(q.dtype) if need_lse else q.dtype  # in 16 bits torch's exponential is of few, and so is lse
+            inputs = [_rows_dense(t.to(dtype)) for t in (q, _each(k, q), _each(v, q))]
+            causal, mask = _fused_mask(inputs[0], k, left, right)
+            out, lse = _fused(*inputs, 0.0, causal, attn_mask=mask, scale=scale)
+            return out.to(q.dtype), lse
+        if not need_lse:  # torch has no derivative of lse, and no lse on a GPU
+            causal, mask = _fused_mask(q, k, left, right)
             grouped = q.shape[1] != k.shape[1]
             return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped), None
     positions = torch.arange(T - S, T, device=q.device)

@@ -82,7 +82,7 @@ def test_backward_moves_no_more_bytes_than_what_it_replaces(op):
 
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9}, {"scale": -0.3}], ids=str)
 def test_attention_is_sdpas_with_its_own_backward(options):
-    """With gradients and without the same kernel, so the same bits."""
+    """In float32 with gradients and without the same kernel, so the same bits."""
     q, key, v = (t[:, :, :40].contiguous() for t in inputs("flash_attention").values())
     leaves = [t.clone().requires_grad_() for t in (q, key, v)]
     with use_backend("reference"):
