@@ -25,6 +25,7 @@ from .dispatch import (
     architecture,
     asked,
     call,
+    call_back,
     cdiv,
     check,
     check_same,
@@ -653,7 +654,7 @@ def _attention(
         return _forward(q, k, v, starts_q, starts_k, scale, softcap, left, right, need_lse)
     if sequences is None:
         out, lse = reference.attention(q, k, v, scale, left, right, softcap, need_lse)
-        return _heads_inside(out), lse if need_lse else q.new_empty(0, dtype=reference.wide(q.dtype))
+        return _heads_inside(out), lse.contiguous() if need_lse else q.new_empty(0, dtype=reference.wide(q.dtype))
     out, lse = _outputs(q, need_lse)
     for rows, keys in sequences:
         o, l = reference.attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, left, right, softcap, need_lse)
@@ -682,9 +683,12 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     if uses_triton(q):
         return _backward(dout, dlse, q, k, v, out, lse, starts_q, starts_k, scale, softcap, left, right, need_dq, need_dkv)
+    if starts_q is None:
+        parts = reference.attention_backward(dout, dlse, q, k, v, out, lse, scale, left, right, softcap)
+        need = (need_dq, need_dkv, need_dkv)
+        return tuple(_heads_inside(t) if n else t.new_empty(0) for t, n in zip(parts, need))
     gradients = _gradients_like(q, k, v, need_dq, need_dkv)
-    every = [(slice(None), slice(None))]
-    for rows, keys in every if starts_q is None else reference.sequences(starts_q, starts_k, q.shape[2], k.shape[2]):
+    for rows, keys in reference.sequences(starts_q, starts_k, q.shape[2], k.shape[2]):
         parts = reference.attention_backward(
             dout[:, :, rows], None if dlse is None else dlse[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys],
             out[:, :, rows], lse[:, :, rows], scale, left, right, softcap,
@@ -716,7 +720,8 @@ def _gradients(ctx, dout, dlse):
     q, k, v, starts_q, starts_k, out, lse = ctx.saved_tensors
     need_dq, need_dkv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv = _backward_op(dout, dlse, q, k, v, out, lse, starts_q, starts_k, *ctx.rest, need_dq, need_dkv)
+    inputs = dout, dlse, q, k, v, out, lse, starts_q, starts_k, *ctx.rest, need_dq, need_dkv
+    dq, dk, dv = call_back(_backward_op, _attention_backward, *inputs)
     return dq if need_dq else None, *((dk, dv) if need_dkv else (None, None)), *([None] * (len(ctx.needs_input_grad) - 3))
 
 

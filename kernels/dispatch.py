@@ -408,9 +408,16 @@ def register(name, function, fake, *, mutates=(), backward=None, setup_context=N
     op.register_fake(fake)
     if backward is None and not mutates:
         backward = _refuse_derivative(name)
+    op.node = None if setup_context is None else _node(name, function, backward, setup_context)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
     return op
+
+
+def _node(name, function, backward, setup_context):
+    """What `register_autograd` makes of the op, for a call that only autograd watches: the dispatcher costs more than a small op"""
+    methods = {"forward": function, "setup_context": setup_context, "backward": backward}
+    return type(name, (torch.autograd.Function,), {n: staticmethod(method) for n, method in methods.items()})
 
 
 def _refuse_derivative(name):
@@ -436,8 +443,9 @@ def _no_forward_mode(name):
 
 
 def call(op, function, *arguments):
-    """`op(*arguments)` if autograd, torch.compile, a tensor subclass or a dispatch mode has to see it, else `function` directly:
-    the dispatcher costs several microseconds a call. Forward-mode AD follows the reference's own operations and no op."""
+    """`op(*arguments)` if torch.compile, a tensor subclass or a dispatch mode has to see it, its node if only autograd has, else
+    `function` directly: the dispatcher costs several microseconds a call, with gradients some hundred. Forward-mode AD follows the
+    reference's own operations and no op."""
     if torch.compiler.is_compiling():  # first and alone: what follows cannot be traced
         return op(*arguments)
     if torch._C._functorch.maybe_current_level() is not None:
@@ -453,16 +461,27 @@ def call(op, function, *arguments):
         if uses_triton(dual):
             raise _no_forward_mode(op._name)
         return function(*arguments)
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return op(*arguments)
-    grad = torch.is_grad_enabled()
+    grad, differentiated = torch.is_grad_enabled(), False
     for a in arguments:
-        if isinstance(a, torch.Tensor) and ((grad and a.requires_grad) or type(a) not in _PLAIN or a.is_neg()):
-            return op(*arguments)  # the dispatcher also negates what only says that it is to be: x.conj().imag
+        if isinstance(a, torch.Tensor):
+            if type(a) not in _PLAIN or a.is_neg():
+                return op(*arguments)  # the dispatcher also negates what only says that it is to be: x.conj().imag
+            differentiated = differentiated or (grad and a.requires_grad)
+    if differentiated:
+        return op(*arguments) if op.node is None else op.node.apply(*arguments)
     return function(*arguments) if _own.tape is None else _own.tape.call(function, arguments)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def call_back(op, function, *arguments):
+    """`call` within a backward: a tangent that comes back along the graph is refused, by the op."""
+    if torch.compiler.is_compiling() or _dual(arguments) is not None:
+        return op(*arguments)
+    return call(op, function, *arguments)
 
 
 def unwatched(x):

@@ -11,6 +11,7 @@ from . import reference, tuning
 from .dispatch import (
     INTERPRETED,
     call,
+    call_back,
     cdiv,
     check,
     check_same,
@@ -119,7 +120,7 @@ def _like(x):
 
 _swiglu_op = register(
     "swiglu", _swiglu, lambda gate, up: _like(gate),
-    backward=lambda ctx, dy: _backward_op(dy, *ctx.saved_tensors),
+    backward=lambda ctx, dy: call_back(_backward_op, _swiglu_backward, dy, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )  # fmt: skip
 _backward_op = register("swiglu_backward", _swiglu_backward, lambda dy, gate, up: (_like(gate), _like(gate)))

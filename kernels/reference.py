@@ -34,33 +34,45 @@ def wide(dtype):
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
 ) -> torch.Tensor:
-    if x.dtype == wide(x.dtype) == getattr(weight, "dtype", None) and not offset:  # no rounding in between: one call
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    y = F.rms_norm(x.to(wide(x.dtype)), x.shape[-1:], None, eps)
-    if casting == "llama":
-        y = y.to(x.dtype)
+    x32 = x.to(wide(x.dtype))
+    y = x32 * _rstd(x32, eps)
+    if casting == "llama" and x.dtype != y.dtype:
+        y = y.to(x.dtype).to(y.dtype)
     if weight is not None:
-        y = y.to(wide(x.dtype)) * (factor(x, weight, offset, casting) if offset else weight)
+        y = y.mul_(factor(x, weight, offset, casting))
     return y.to(x.dtype)
+
+
+def _rstd(x, eps):
+    """1 / sqrt(mean(x^2) + eps) of rows [..., N]. A norm reads them once, where their squares would be written and read again."""
+    square = torch.linalg.vector_norm(x, 2, -1, True).square()
+    return square.div_(max(1, x.shape[-1])).add_(eps).rsqrt_()
 
 
 def factor(x, weight, offset, casting):
     """offset + weight in the dtype that is computed in; casting "none" rounds the sum where x and weight share a dtype."""
-    total = offset + weight.to(wide(x.dtype))
+    total = weight.to(wide(x.dtype))
+    if not offset:
+        return total
+    total = offset + total
     return total.to(x.dtype).to(total.dtype) if casting == "none" and weight.dtype == x.dtype else total
 
 
 def rms_norm_backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight):
     """(dx + dtotal, dweight) of rms_norm at x; dweight is empty unless it is needed."""
-    x32, g = x.to(wide(x.dtype)), dy.to(wide(x.dtype))
-    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    x32, g, dweight = x.to(wide(x.dtype)), dy.to(wide(x.dtype)), x.new_empty(0)
+    rstd = _rstd(x32, eps)
     normal = x32 * rstd
-    seen = normal.to(x.dtype).to(g.dtype) if casting == "llama" else normal
-    dweight = (g * seen).sum_to_size(weight.shape).to(weight.dtype) if need_dweight else x.new_empty(0)
+    product = g * normal
+    if need_dweight:
+        rounded = casting == "llama" and x.dtype != g.dtype
+        dweight = (g * normal.to(x.dtype) if rounded else product).sum_to_size(weight.shape).to(weight.dtype)
     if weight is not None:
-        g = g * factor(x, weight, offset, casting)
-    dx = rstd * (g - normal * (g * normal).mean(-1, keepdim=True))
-    return (dx if dtotal is None else dx + dtotal).to(x.dtype).contiguous(), dweight
+        scale = factor(x, weight, offset, casting)
+        product, g = product * scale, g * scale  # not in place: of a single row it is dweight
+    mean = product.sum(-1, keepdim=True).div_(max(1, x.shape[-1]))
+    dx = torch.addcmul(g, normal, mean, value=-1, out=product).mul_(rstd)
+    return (dx if dtotal is None else dx.add_(dtotal)).to(x.dtype).contiguous(), dweight
 
 
 def add_rms_norm(
@@ -98,25 +110,32 @@ def rows_of(op, cos, sin, positions, x):
         raise IndexError(f"{op}: positions are {reach(positions)}, expected 0 to {len(cos) - 1}, the rows of cos") from None
 
 
-def rotate(x, cos, sin, interleaved):
-    """x [B, H, S, D] turned by angles [(B, 1,) S, R/2]; the last D - R elements pass through."""
-    half, rest = cos.shape[-1], None
-    turned = x.to(cos.dtype)
-    if x.shape[-1] > 2 * half:
-        turned, rest = turned[..., : 2 * half], x[..., 2 * half :]
-    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
-    pairs = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
-    turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
-    turned = turned.to(x.dtype)
-    return turned if rest is None else torch.cat((turned, rest), -1)
+def rotate(x, cos, sin, interleaved, inverse=False):
+    """x [B, H, S, D] turned by angles [(B, 1,) S, R/2], or back; the last D - R elements pass through. The axes of the result lie
+    in memory as those of x."""
+    half = cos.shape[-1]
+    pairs, axis = ((half, 2), -1) if interleaved else ((2, half), -2)
+    rotated = x if x.shape[-1] == 2 * half else x[..., : 2 * half]
+    rotated = rotated.to(cos.dtype).view(*x.shape[:-1], *pairs)
+    turned = rotated * cos.unsqueeze(axis)
+    sign = -1 if inverse else 1
+    turned.select(axis, 0).addcmul_(rotated.select(axis, 1), sin, value=-sign)
+    turned.select(axis, 1).addcmul_(rotated.select(axis, 0), sin, value=sign)
+    turned = turned.flatten(-2).to(x.dtype)
+    return turned if x.shape[-1] == 2 * half else torch.cat((turned, x[..., 2 * half :]), -1)
 
 
 def apply_rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, positions: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return turn(q, k, cos, sin, positions, interleaved, False)
+
+
+def turn(q, k, cos, sin, positions, interleaved, inverse):
+    """apply_rope, or with `inverse` the rotation by the opposite angles."""
     cos, sin = rows_of("apply_rope", cos, sin, positions, q)
-    return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
+    return rotate(q, cos, sin, interleaved, inverse), rotate(k, cos, sin, interleaved, inverse)
 
 
 def rope_append_(
@@ -178,16 +197,14 @@ def _append_inside(k, v, k_cache, v_cache, positions, block_table):
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    if gate.dtype == up.dtype == wide(gate.dtype):  # no rounding in between
-        return F.silu(gate) * up
-    return (F.silu(gate.to(wide(gate.dtype))) * up.to(wide(up.dtype))).to(gate.dtype)
+    return F.silu(gate.to(wide(gate.dtype))).mul_(up).to(gate.dtype)
 
 
 def swiglu_backward(dy, gate, up):
     """(dgate, dup)"""
     dy32, gate32, up32 = (t.to(wide(t.dtype)) for t in (dy, gate, up))
-    s = torch.sigmoid(gate32)
-    dgate, dup = dy32 * up32 * s * (1 + gate32 * (1 - s)), dy32 * gate32 * s
+    dup = F.silu(gate32).mul_(dy32)
+    dgate = torch.ops.aten.silu_backward(dy32 * up32, gate32)
     return dgate.to(gate.dtype).contiguous(), dup.to(up.dtype).contiguous()
 
 
@@ -236,28 +253,79 @@ def attention(q, k, v, scale, left, right, softcap, need_lse):
     """(out, lse or None) for a span as `span` gives it, aligned bottom-right: the last query meets the last key."""
     S, T = q.shape[2], k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale < 0:  # scaled_dot_product_attention masks with -inf before it scales
+    if scale < 0:  # torch's fused attention masks with -inf before it scales
         q, scale = -q, -scale
-    limited = left is not None or (right is not None and right < S - 1)
-    causal = bool(left is None and right == 0 and S == T)
-    if need_lse or softcap is not None or scale == 0 or S > T or 0 in (*q.shape, *k.shape) or _has_tangents():
-        positions = torch.arange(T - S, T, device=q.device)
-        rows = max(1, 2**24 // max(1, q.shape[0] * q.shape[1] * T))  # at most 64 MiB of float32 scores at a time
-        parts = [
-            attend(part, k, v, visible(where, T, left, right) if limited else None, scale, softcap)
-            for part, where in zip(q.split(rows, 2), positions.split(rows))
-        ]
-        return torch.cat([o for o, _ in parts], 2), torch.cat([l for _, l in parts], 2)
-    mask = visible(torch.arange(T - S, T, device=q.device), T, left, right) if limited and not causal else None
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped), None
+    limited = _limited(S, left, right)
+    if _fused_fits(q, k, scale, limited, softcap):
+        if q.is_cpu and not (need_lse and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+            dtype = wide(q.dtype) if need_lse else q.dtype  # in 16 bits torch's exponential is of few, and so is lse
+            inputs = [_rows_dense(t.to(dtype)) for t in (q, _each(k, q), _each(v, q))]
+            causal, mask = _fused_mask(inputs[0], k, left, right)
+            out, lse = _fused(*inputs, 0.0, causal, attn_mask=mask, scale=scale)
+            return out.to(q.dtype), lse
+        if not need_lse:  # torch has no derivative of lse, and no lse on a GPU
+            causal, mask = _fused_mask(q, k, left, right)
+            grouped = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped), None
+    positions = torch.arange(T - S, T, device=q.device)
+    rows = max(1, 2**24 // max(1, q.shape[0] * q.shape[1] * T))  # at most 64 MiB of float32 scores at a time
+    parts = [
+        attend(part, k, v, visible(where, T, left, right) if limited else None, scale, softcap)
+        for part, where in zip(q.split(rows, 2), positions.split(rows))
+    ]
+    return torch.cat([o for o, _ in parts], 2), torch.cat([l for _, l in parts], 2)
+
+
+# SDPA's kernel on a CPU, called by its own name: only so does it give lse, and no switch of SDPA's chooses another.
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Older ones read as many key heads as there are query heads, whether they are there or not; seen to take fewer: 2.11, 2.14.
+_GROUPED = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 11)
+
+
+def _limited(S, left, right):
+    """Whether some query does not see every key."""
+    return left is not None or (right is not None and right < S - 1)
+
+
+def _fused_fits(q, k, scale, limited, softcap):
+    """Whether torch's fused attention computes this: it has no softcap, no scale of 0, and NaN where a query sees no key."""
+    blind = limited and q.shape[2] > k.shape[2]
+    return softcap is None and scale > 0 and not blind and 0 not in (*q.shape, *k.shape) and not _has_tangents()
+
+
+def _fused_mask(q, k, left, right):
+    """(is_causal, attn_mask) of a span."""
+    S, T = q.shape[2], k.shape[2]
+    causal = left is None and right == 0 and S == T
+    if causal or not _limited(S, left, right):
+        return causal, None
+    seen = visible(torch.arange(T - S, T, device=q.device), T, left, right)
+    return False, torch.zeros(S, T, dtype=q.dtype, device=q.device).masked_fill_(~seen, -math.inf)
+
+
+def _each(k, q):
+    """k with a head for each head of q, where torch's kernel needs them."""
+    return k if _GROUPED or k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+
+def _rows_dense(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @steady
 def attention_backward(dout, dlse, q, k, v, out, lse, scale, left, right, softcap):
     """(dq, dk, dv) of `attention`, whose lse must be given; dlse is None where lse has no gradient."""
     S, (Hk, T) = q.shape[2], k.shape[1:3]
-    q32, k32, v32, dout32, out32 = (t.to(wide(q.dtype)).unflatten(1, (Hk, -1)) for t in (q, k, v, dout, out))
+    q32, k32, v32, dout32, out32 = (t.to(wide(q.dtype)) for t in (q, k, v, dout, out))
+    if q.is_cpu and dlse is None and _fused_fits(q, k, scale, _limited(S, left, right), softcap):
+        causal, mask = _fused_mask(q32, k, left, right)
+        q32, k32, v32, dout32 = (_rows_dense(t) for t in (q32, _each(k32, q), _each(v32, q), dout32))
+        dq, dk, dv = _fused_backward(dout32, q32, k32, v32, out32, lse, 0.0, causal, attn_mask=mask, scale=scale)
+        if k32.shape[1] != Hk:
+            dk, dv = (t.unflatten(1, (Hk, -1)).sum(2) for t in (dk, dv))
+        return tuple(t.to(q.dtype) for t in (dq, dk, dv))
+    q32, k32, v32, dout32, out32 = (t.unflatten(1, (Hk, -1)) for t in (q32, k32, v32, dout32, out32))
     delta = (dout32 * out32).sum(-1) - (0 if dlse is None else dlse.unflatten(1, (Hk, -1)))
     scores = torch.matmul(q32 * scale, k32.mT)
     if softcap is not None:

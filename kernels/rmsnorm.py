@@ -18,6 +18,7 @@ from . import reference, tuning
 from .dispatch import (
     architecture,
     call,
+    call_back,
     cdiv,
     check,
     check_same,
@@ -299,7 +300,7 @@ def _gradients(ctx, dy, dtotal):
     x, weight = ctx.saved_tensors
     at = len(ctx.needs_input_grad) - 4  # weight, eps, offset and casting come last
     need = weight is not None and ctx.needs_input_grad[at]
-    dx, dweight = _backward_op(dy, x, weight, dtotal, *ctx.rest, need)
+    dx, dweight = call_back(_backward_op, _rms_norm_backward, dy, x, weight, dtotal, *ctx.rest, need)
     return *([dx] * at), dweight if need else None, None, None, None
 
 

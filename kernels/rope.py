@@ -16,6 +16,7 @@ from .dispatch import (
     architecture,
     await_inputs,
     call,
+    call_back,
     cdiv,
     check,
     check_same,
@@ -224,7 +225,7 @@ def _apply_rope(
     """apply_rope, or with `inverse` the rotation by the opposite angles."""
     if uses_triton(q):
         return _rotate(q, k, cos, sin, positions, interleaved, inverse)
-    rotated = reference.apply_rope(q, k, cos, -sin if inverse else sin, positions=positions, interleaved=interleaved)
+    rotated = reference.turn(q, k, cos, sin, positions, interleaved, inverse)
     return _placed(rotated[0], q), _placed(rotated[1], k)
 
 
@@ -258,7 +259,8 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dq, dk):
     cos, sin, positions = ctx.saved_tensors
-    return *_apply_rope_op(dq, dk, cos, sin, positions, ctx.interleaved, not ctx.inverse), None, None, None, None, None
+    turned = call_back(_apply_rope_op, _apply_rope, dq, dk, cos, sin, positions, ctx.interleaved, not ctx.inverse)
+    return *turned, None, None, None, None, None
 
 
 _apply_rope_op = register(
