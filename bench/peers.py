@@ -171,9 +171,7 @@ class Decoder(nn.Module):
         super().__init__()
         c, own = model.config, model.model.layers
         self.embedding, self.norm, self.head = (_same(w) for w in _ends(model))
-        self.layers = nn.ModuleList(
-            _Layer(own[i % len(own)], c, batch, max_length, self.norm) for i in range(layers or len(own))
-        )
+        self.layers = nn.ModuleList(_Layer(own[i % len(own)], c, batch, max_length, self.norm) for i in range(layers or len(own)))
         for name, table in zip(("cos", "sin"), rope_tables(c, c.head_dim, max_length, device=self.norm.device)):
             self.register_buffer(name, table)
         self.register_buffer("places", torch.arange(max_length, device=self.norm.device))

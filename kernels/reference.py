@@ -30,6 +30,8 @@ def wide(dtype):
 
 # --- rms_norm: Zhang & Sennrich 2019, arXiv:1910.07467 ---------------------------------------------------------------
 
+PIECE = 512  # elements
+
 
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
@@ -44,9 +46,13 @@ def rms_norm(
 
 
 def _rstd(x, eps):
-    """1 / sqrt(mean(x^2) + eps) of rows [..., N]. A norm reads them once, where their squares would be written and read again."""
+    """1 / sqrt(mean(x^2) + eps) of rows [..., N]. A norm reads them once, where their squares would be written and read again; it
+    adds up in few lanes, so long rows are taken in pieces, and the norms of these."""
+    n = x.shape[-1]
+    if n > PIECE and n % PIECE == 0:
+        x = torch.linalg.vector_norm(x.unflatten(-1, (-1, PIECE)), 2, -1)
     square = torch.linalg.vector_norm(x, 2, -1, True).square()
-    return square.div_(max(1, x.shape[-1])).add_(eps).rsqrt_()
+    return square.div_(max(1, n)).add_(eps).rsqrt_()
 
 
 def factor(x, weight, offset, casting):

@@ -76,9 +76,7 @@ class Alone:
                 f"{config.intermediate_size}, expected 1 to {most}"
             )
         q, kv = self.heads(config)
-        return replace(
-            config, num_attention_heads=len(q), num_key_value_heads=len(kv), intermediate_size=len(self.columns(config))
-        )
+        return replace(config, num_attention_heads=len(q), num_key_value_heads=len(kv), intermediate_size=len(self.columns(config)))
 
     def device(self, name=None):
         """The torch.device to use where `name` is asked for; None leaves the choice to the model."""

@@ -51,9 +51,7 @@ def plain(q, k, v, causal, window, **options):
 @pytest.mark.parametrize(("S", "T"), [(7, 7), (3, 9), (9, 4)])
 def test_func(triton, device, dtype, causal, window, S, T):
     q, k, v = randn(2, S, 4, 32, dtype=dtype), randn(2, T, 2, 32, dtype=dtype), randn(2, T, 2, 32, dtype=dtype)
-    out, lse, third = flash_attn_func(
-        *(t.to(device) for t in (q, k, v)), causal=causal, window_size=window, return_attn_probs=True
-    )
+    out, lse, third = flash_attn_func(*(t.to(device) for t in (q, k, v)), causal=causal, window_size=window, return_attn_probs=True)
     want, lse64 = exact(q, k, v, causal, window)
     oracle.check(out, want, plain(q, k, v, causal, window), fp32=1e-5)
     assert oracle.error(lse, lse64) < 1e-3

@@ -233,5 +233,3 @@ def test_errors_name_the_argument(change, message):
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         decode_attention(**{**arguments, **change})
     assert "\n" not in str(caught.value)
-
-

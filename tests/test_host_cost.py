@@ -60,7 +60,6 @@ def test_a_remembered_call_is_the_call(op, backend, device):
         assert a is b is None or (a.stride() == b.stride() and torch.equal(a, b))
 
 
-
 def elsewhere(t, how):
     """The same numbers in memory of another kind."""
     if how == "parameter":

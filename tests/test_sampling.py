@@ -13,6 +13,8 @@ from trillama.kernels.dispatch import INTERPRETED
 from trillama.kernels.sampling import clocks, embed_next_, warp
 
 FEW = not (INTERPRETED or torch.cuda.is_available())  # compiled and emulated: seconds for each new shape
+
+
 def by_reference(function):
     with use_backend("reference"):
         return function()

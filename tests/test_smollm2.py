@@ -22,7 +22,7 @@ PROMPTS = {
     "a story": "Once upon a time, in a village by the sea, there lived an old clockmaker who",
     "a list": "My shopping list:\n1. apples\n2. bread\n3.",
     "arithmetic": "12 + 30 = 42\n7 + 8 = 15\n100 + 23 =",
-    "code": "def fibonacci(n):\n    \"\"\"Return the n-th Fibonacci number.\"\"\"\n    if n < 2:\n        return n\n",
+    "code": 'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n    if n < 2:\n        return n\n',
     "json": '{"name": "Ada", "born": 1815, "fields": ["mathematics", "',
     "french": "Il était une fois une petite fille qui habitait près de la forêt et",
     "chinese": "人工智能是计算机科学的一个分支，",

@@ -336,9 +336,7 @@ def byte_level_parts(backend):
     return tokens, [3 if token in SPECIAL else 1 for token in tokens], merges
 
 
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def oracle(backend, pre):
@@ -577,7 +575,7 @@ TOOLS = (
 )
 DIALOGUES = [
     [{"role": "user", "content": "Hi"}],
-    [{"role": "system", "content": "é <b> & \"q\""}, {"role": "user", "content": "1\n2"}, {"role": "assistant", "content": ""}],
+    [{"role": "system", "content": 'é <b> & "q"'}, {"role": "user", "content": "1\n2"}, {"role": "assistant", "content": ""}],
     [{"role": "user", "content": "I say <|im_end|> here"}],
 ]
 
