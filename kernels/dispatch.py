@@ -415,7 +415,7 @@ def register(name, function, fake, *, mutates=(), backward=None, setup_context=N
 
 
 def _node(name, function, backward, setup_context):
-    """What `register_autograd` makes of the op, for a call that only autograd watches: the dispatcher costs more than a small op."""
+    """What `register_autograd` makes of the op, for calls that only autograd watches: the dispatcher costs more than a small op."""
     methods = {"forward": function, "setup_context": setup_context, "backward": backward}
     return type(name, (torch.autograd.Function,), {n: staticmethod(method) for n, method in methods.items()})
 

@@ -113,7 +113,7 @@ PACKED = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("form", PACKED)
 @pytest.mark.parametrize("window", [(-1, -1), (2, 1)], ids=str)
 def test_packed_forms(triton, device, dtype, form, window):
@@ -175,7 +175,7 @@ def rotated(x, cos, sin, positions, interleaved):
     return oracle.rope(x.double().transpose(1, 2), cos.double(), sin.double(), positions, interleaved).transpose(1, 2)
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(12)
 @pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
 @pytest.mark.parametrize("interleaved", [None, False, True], ids=["bare", "half", "interleaved"])
 @pytest.mark.parametrize(("S", "new"), [(1, 1), (3, 3), (2, 5), (1, 0)], ids=str)

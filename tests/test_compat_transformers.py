@@ -43,7 +43,7 @@ def test_packed_sequences(family):
     agree(logits.flatten(0, 1), torch.cat(alone))
 
 
-@pytest.mark.few(30)
+@pytest.mark.few(20)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -176,6 +176,7 @@ def test_the_kernels_themselves(triton, family):
     assert {"_rms_norm_kernel", "_rope_kernel", "_swiglu_kernel", "_forward_kernel", "_decode_kernel"} <= names
 
 
+@pytest.mark.slow
 def test_the_kernels_themselves_with_holes_and_a_gradient(triton):
     """What is visible brought to the front of each row, and a single query as a sequence: forward and backward."""
     theirs, ours = models("llama", num_hidden_layers=1, initializer_range=0.1)
@@ -247,6 +248,7 @@ def losses(model, steps, batches, forward=None, **arguments):
     return torch.tensor(out)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mode", ["eager", "checkpointing", "compile"])
 def test_fifty_steps_of_training(mode):
     theirs, ours = (m.train() for m in models("llama", initializer_range=0.1))

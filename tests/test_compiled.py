@@ -123,6 +123,7 @@ def test_row_kernels_can_hide_behind_memory(reports, name):
             assert r["issue_at_full_bandwidth"] < 0.75, (r["arch"], r["issue_at_full_bandwidth"])
 
 
+@pytest.mark.slow
 def test_float_scalars_cost_nothing_where_they_arrive_as_float64():
     """torch.compile passes Python floats as float64: without a cast the arithmetic would follow, at 1/64 of the rate."""
     floats = [(op, backward) for op, backward in KINDS if "norm" in op or "attention" in op or "linear" in op]
@@ -131,6 +132,7 @@ def test_float_scalars_cost_nothing_where_they_arrive_as_float64():
     assert [(r["op"], r["f64"]) for r in reports if r["f64"]] == []
 
 
+@pytest.mark.slow
 def test_float64_scalars_would_be_seen():
     """The same, of a kernel that does not cast: the check above can fail."""
     code = """

@@ -57,6 +57,7 @@ def foreseen(model, *names):
 # --- the layers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(8)
 @torch.no_grad()
 @pytest.mark.parametrize("case", test_model.CASES)
 def test_families(case, monkeypatch):
@@ -86,6 +87,7 @@ def test_interleaved_pairs(monkeypatch):
     assert oracle.error(logits["auto"], logits["reference"]) < test_model.TOLERANCE
 
 
+@pytest.mark.few(1)
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_low_precision(bits, monkeypatch):
@@ -223,6 +225,7 @@ def test_after_a_fork():
 # --- the product -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(8)
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [None, (8, 32), (4, 32), (4, 128)], ids=str)
@@ -303,6 +306,7 @@ def test_there_is_no_copy_of_other_weights(kind):
         assert cpu.narrowed([broken])[0] is broken
 
 
+@pytest.mark.few(1)
 @torch.no_grad()
 @pytest.mark.parametrize("kind", SHARE)
 def test_a_step_reads_the_copies(kind):

@@ -17,7 +17,7 @@ def crosses_splits(request):
         pytest.skip("partial results pass between programs in the order of an atomic counter: no race, but it looks like one")
 
 
-@pytest.mark.few(40)
+@pytest.mark.few(26)
 @pytest.mark.usefixtures("crosses_splits")
 @pytest.mark.parametrize("name", trials("decode_attention"))
 def test_decode_attention(triton, poisoned, device, dtype, name):

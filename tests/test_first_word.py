@@ -279,6 +279,7 @@ assert len(cpu._product_at.signatures) == 1
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_on_a_new_machine(tmp_path):
     """The first words come from PyTorch; what compiles meanwhile serves the next sequence, and the next process from its first."""

@@ -41,7 +41,7 @@ def checks(monkeypatch):
     return made
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("op", [op for op in available() if "int" not in op])
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_a_remembered_call_is_the_call(op, backend, device):

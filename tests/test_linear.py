@@ -12,6 +12,7 @@ from trillama.kernels.dispatch import INTERPRETED, observe
 from trillama.kernels.quantized import quantize
 
 
+@pytest.mark.few(40)
 @pytest.mark.parametrize("name", trials("decode_linear"))
 def test_decode_linear(triton, poisoned, device, dtype, name):
     proofs.run("decode_linear", name, dtype, device)

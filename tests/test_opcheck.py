@@ -266,7 +266,7 @@ def check(name, dtype, backend="reference"):
     assert set(found.values()) == {"SUCCESS"}, found
 
 
-@pytest.mark.few(40)
+@pytest.mark.few(24)
 @pytest.mark.parametrize("name", ALL)
 def test_each_feature(name):
     torch.manual_seed(0)

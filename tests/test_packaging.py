@@ -194,6 +194,7 @@ def test_works_without_triton(tmp_path):
     assert second == "backend 'triton' was asked for, but Triton is not installed"
 
 
+@pytest.mark.slow
 def test_transformers_works_beside_it(tmp_path):
     """Hugging Face has a package called `kernels`, which transformers imports: ours must not stand in its way."""
     pytest.importorskip("transformers")
@@ -208,6 +209,7 @@ def test_transformers_works_beside_it(tmp_path):
     assert python(code, cwd=tmp_path).split("\n") == ["True", "LlamaForCausalLM"]
 
 
+@pytest.mark.slow
 def test_backend_is_chosen_by_environment_and_by_call(tmp_path):
     code = """
         import torch, trillama.kernels as K

@@ -11,6 +11,7 @@ from trillama.bench.proofs import rope as verify
 from trillama.kernels import apply_rope, reference, rope_append_, tuning, use_backend
 
 
+@pytest.mark.few(26)
 @pytest.mark.parametrize("name", trials("apply_rope"))
 def test_apply_rope(triton, poisoned, device, dtype, name):
     proofs.run("apply_rope", name, dtype, device)

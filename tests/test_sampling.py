@@ -20,7 +20,7 @@ def by_reference(function):
         return function()
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", trials("choose"))
 def test_steps_are_those_of_the_reference(triton, device, dtype, name):
     proofs.run("choose", name, dtype, device)
@@ -98,7 +98,7 @@ def test_the_cut_is_exact(triton, device, name, value):
     assert drawn == order[allowed[taken].argmax(1)].tolist()
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.skipif(FEW, reason="many draws")
 @pytest.mark.parametrize(
     "options",

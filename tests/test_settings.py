@@ -179,6 +179,7 @@ def same(found, expected):
         assert torch.equal(a, b)
 
 
+@pytest.mark.few(72)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", CALLS)
 def test_ops_and_their_gradients(name, setting):

@@ -101,12 +101,26 @@ def continued(model, tokenizer):
     return continuations
 
 
-@pytest.mark.few(4)
+@pytest.fixture(scope="module")
+def fact(model, tokenizer):
+    """Our greedy continuation of one prompt."""
+    prompt = encode(tokenizer, "a fact")
+    return prompt, generate(model, [prompt], max_new_tokens=NEW, eos=[])[0].tolist()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*PROMPTS, "chat", "long"])
 def test_greedy_tokens_and_logits_are_transformers(name, continued, model, theirs):
     """Where transformers' largest logit after every prefix is the token we chose, its greedy decoding is ours, token for token.
     Of two that are nearer than the rounding of both models either may be chosen: each CPU adds in its own order."""
-    prompt, new = continued[name]
+    agree(*continued[name], model, theirs)
+
+
+def test_greedy_tokens_and_logits_of_a_fact(fact, model, theirs):
+    agree(*fact, model, theirs)
+
+
+def agree(prompt, new, model, theirs):
     ids = torch.tensor([prompt + new])
     with torch.inference_mode():
         logits = theirs(ids).logits[0, len(prompt) - 1 :]
@@ -117,7 +131,7 @@ def test_greedy_tokens_and_logits_are_transformers(name, continued, model, their
     assert oracle.error(ours, logits) < 1e-4
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a fact", "code"])
 def test_greedy_tokens_are_those_of_transformers_generate(name, continued, theirs):
     prompt, new = continued[name]
@@ -128,12 +142,12 @@ def test_greedy_tokens_are_those_of_transformers_generate(name, continued, their
     assert out[0, len(prompt) :].tolist() == new
 
 
-def test_knows_the_capital_of_france(continued, tokenizer):
-    assert "Paris" in tokenizer.decode(continued["a fact"][1])
+def test_knows_the_capital_of_france(fact, tokenizer):
+    assert "Paris" in tokenizer.decode(fact[1])
 
 
-def test_cache_and_no_cache_agree(model, continued):
-    prompt, new = continued["a fact"]
+def test_cache_and_no_cache_agree(model, fact):
+    prompt, new = fact
     assert generate(model, [prompt], max_new_tokens=8, eos=[], use_cache=False)[0].tolist() == new[:8]
 
 
@@ -220,6 +234,7 @@ def test_perplexity(exactly):
     assert 10 < exactly.mean().exp() < 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "worse"), [("int8", 0.01), ("int4", 0.005)])
 def test_perplexity_of_quantised_weights(smollm2_gguf, exactly, noise, tokenizer, bits, worse):
     """What the weights cost is the same on every CPU. What bfloat16 adds is not: it scatters a token's loss about as it does with

@@ -61,7 +61,7 @@ def test_row_kernels_of_all_widths_move_the_least(op, backward, model):
     test_row_kernels_move_the_least(op, backward, model)
 
 
-@pytest.mark.few(9)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("op", [op for op in available() if OPS[op].phase == "decode"])
 def test_decode_operators_read_the_least(op, precision):

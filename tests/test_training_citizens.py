@@ -69,6 +69,7 @@ def test_no_second_derivative_is_made_up(name, backend):
             total(gradients).backward()
 
 
+@pytest.mark.few(6)
 @BACKENDS
 @pytest.mark.parametrize("name", CALLS)
 def test_hooks(name, backend):

@@ -148,6 +148,7 @@ def listed(*options, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_every_entry_has_a_few_candidates():
     """The ones whose calls ask for another function, or for none, would not be found."""
     status, out, _ = listed()
@@ -228,6 +229,7 @@ def test_the_fastest_that_computes_the_same_is_found():
     assert tuning.rows(576, 4) == own
 
 
+@pytest.mark.few(1)
 @interpreted
 @pytest.mark.few(2)
 @pytest.mark.parametrize(

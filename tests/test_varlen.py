@@ -14,6 +14,7 @@ from trillama.kernels.dispatch import INTERPRETED
 KERNELS = ["_forward_kernel", "_delta_kernel", "_dq_kernel", "_dkv_kernel"]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", trials("flash_attention_varlen"))
 def test_sequences(triton, poisoned, device, dtype, name):
     proofs.run("flash_attention_varlen", name, dtype, device)
