@@ -28,7 +28,7 @@ def given(tmp_path_factory):
     return worlds.World(folder, 2, worlds.engines, str(folder / "saved")).results()
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_losses(engine, given, expected):
     """Steps of AdamW on half of the rows a process give the losses of one process on all of them."""

@@ -289,6 +289,7 @@ def test_roundings_are_no_difference_and_a_lost_row_is():
     assert tune.difference([nothing, x[:0]], [nothing.clone(), x[:0]]) is None
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.timeout(300)
 def test_a_candidate_that_crashes_hangs_or_runs_out_of_memory_costs_only_itself(tmp_path):
