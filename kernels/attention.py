@@ -36,6 +36,7 @@ from .dispatch import (
     launch,
     nvidia,
     register,
+    register_limit,
     remembered,
     taped,
     tl,
@@ -552,7 +553,7 @@ def _constants(tile, x):
     return {
         "D": x.shape[3], "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": tuning.block_d(x.shape[3]),
         "PRECISION": _precision(x), "num_warps": tile.warps, "num_stages": tile.stages,
-        **({"maxnreg": tile.registers} if tile.registers else {}),
+        **register_limit(tile, x),
         "enable_fp_fusion": True,  # a score times the scale minus the maximum is one instruction; Triton 3.10 no longer says so
     }  # fmt: skip
 

@@ -34,6 +34,7 @@ from .dispatch import (
     jit,
     launch,
     register,
+    register_limit,
     release_dependents,
     remembered,
     taped,
@@ -233,7 +234,7 @@ def _forward(q, k_cache, v_cache, lengths, scale, window, softcap, block_table, 
         GROUP=group, D=D, PAGE=None if block_table is None else page, SPLIT=split, MAX_SPLITS=most,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, BLOCK_E=tile.block_e,
         PRECISION=_precision(q), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-        **dependence(q), **({"maxnreg": tile.registers} if tile.registers else {}),
+        **dependence(q), **register_limit(tile, q),
     )  # fmt: skip
     return out
 

@@ -182,6 +182,11 @@ def nvidia(x):
     return not INTERPRETED and triton is not None and driver().get_current_target().backend == "cuda"
 
 
+def register_limit(tile, x):
+    """The option of a launch that says how many registers a thread may have, where the tile says it; AMD's compiler has none."""
+    return {"maxnreg": tile.registers} if tile.registers and nvidia(x) else {}
+
+
 _capabilities = {}
 
 

@@ -46,13 +46,15 @@ def rms_norm(
 
 
 def _rstd(x, eps):
-    """1 / sqrt(mean(x^2) + eps) of rows [..., N]. A norm reads them once, where their squares would be written and read again; it
-    adds up in few lanes, so long rows are taken in pieces, and the norms of these."""
+    """1 / sqrt(mean(x^2) + eps) of rows [..., N]. A norm reads them once, where their squares are written and read again; but it
+    adds up in few lanes, of strided rows in one, so it is taken of pieces of dense rows, and then of the norms of these."""
     n = x.shape[-1]
-    if n > PIECE and n % PIECE == 0:
-        x = torch.linalg.vector_norm(x.unflatten(-1, (-1, PIECE)), 2, -1)
-    square = torch.linalg.vector_norm(x, 2, -1, True).square()
-    return square.div_(max(1, n)).add_(eps).rsqrt_()
+    if n == 0 or n % PIECE or x.stride(-1) != 1:
+        square = x.square().mean(-1, keepdim=True)
+    else:
+        pieces = torch.linalg.vector_norm(x.unflatten(-1, (-1, PIECE)), 2, -1)
+        square = torch.linalg.vector_norm(pieces, 2, -1, True).square().div_(n)
+    return square.add_(eps).rsqrt_()
 
 
 def factor(x, weight, offset, casting):

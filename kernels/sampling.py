@@ -32,6 +32,7 @@ from .dispatch import (
     next_power_of_2,
     number,
     register,
+    register_limit,
     release_dependents,
     remembered,
     taped,
@@ -429,7 +430,7 @@ def _choose(logits, ids, ended, finished, ends, state, seen, lengths, temperatur
         logits.stride(0),
         VOCABULARY=vocabulary, ENDS=len(ends), BLOCK_ENDS=next_power_of_2(len(ends)), GREEDY=greedy, BLOCK=tile.block,
         GROUPS=tile.groups, num_warps=tile.warps, **dependence(logits),
-        **({"maxnreg": tile.registers} if tile.registers else {}),
+        **register_limit(tile, logits),
     )  # fmt: skip
 
 
