@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Optional
 
 from ..kernels.frequencies import context_length, rope_frequencies, rope_parameters
+from .limits import brief, check
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _known_fields(source):
     known = {**dict.fromkeys(REQUIRED), **COMMON, **FAMILIES[name].optional}
     for field, value in source.items():
         if value and field not in known and field not in INERT and not field.startswith(INERT_PREFIXES):
-            raise ValueError(f"config: {field} is {_brief(value)}, a field that is not supported for the model_type {name}")
+            raise ValueError(f"config: {field} is {brief(value)}, a field that is not supported for the model_type {name}")
     given = {"model_type": name}
     for field, default in known.items():
         value = source.get(field, default)
@@ -190,10 +191,4 @@ def _check_integer(field, value, largest):
 
 
 def _check(field, value, fits, expected):
-    if not fits:
-        raise ValueError(f"config: {field} is {_brief(value)}, expected {expected}")
-
-
-def _brief(value):
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    check(f"config: {field}", value, fits, expected)
