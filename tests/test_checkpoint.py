@@ -867,7 +867,7 @@ print((peak("VmHWM") - before) / total)
 """
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of the memory from /proc")
 @pytest.mark.parametrize("form", ["safetensors", "unaligned", "gguf F32", "gguf Q8_0", "meta 1", "meta 2"])
 def test_copying_a_checkpoint_needs_the_weights_and_little_more(tmp_path, form):

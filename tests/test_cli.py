@@ -401,6 +401,7 @@ def test_doctor_launches_every_op(trillama, monkeypatch, ops):
         assert re.search(rf"^ +{op} +triton: ok$", out, re.MULTILINE), op
 
 
+@pytest.mark.slow
 def test_doctor_survives_what_it_checks(trillama, monkeypatch):
     """A crash, a hang and an exception are one line each, the others' lines are there, and the exit status tells."""
     check, apart = pytest.importorskip("trillama.bench.check"), pytest.importorskip("trillama.bench.apart")

@@ -195,6 +195,7 @@ def test_the_kernels_themselves_with_holes_and_a_gradient(triton):
         assert oracle.error(q.grad, p.grad.double()) < 1e-4, name
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_kernels_themselves_without_causality(triton):
     """Hidden keys on the left, on the right and between; fewer queries than keys; a window to both sides."""

@@ -85,6 +85,7 @@ def test_the_server_that_forks_may_be_killed(worker):
     assert worker(jobs.works, 2)[0] == ("ok", None)
 
 
+@pytest.mark.slow
 def test_what_all_processes_are_forked_from_asks_for_no_gpu():
     """Not even how many there are: after that no fork of it could use one."""
     code = f"""

@@ -393,6 +393,7 @@ def compiling(code):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @host
 def test_a_remembered_launch_is_the_launch():
     """Of every op: Triton binds no arguments anew, and its launcher gets what it got before, but for the tensors."""

@@ -1,6 +1,7 @@
 """flash_attn_with_kvcache over the features that flash-attention's own suite crosses, each combination against float64: what is
 appended, rotary embedding, layout of the cache, padding on the left, mask, tokens, heads, lse; and the calls that it refuses."""
 
+import functools
 import itertools
 import random
 
@@ -30,6 +31,18 @@ TABLE = [
     if not (values[1] == "pages" and values[2]) and not (values[0] == "none" and values[4] in FEATURES["tokens"][2:])
 ]  # fmt: skip
 SAMPLE = random.Random(3).sample(TABLE, 24)
+
+
+@functools.cache
+def every_three_together():
+    """Of the table as few combinations as hold whatever values any three features can have together, found greedily."""
+    left = [(features, {*itertools.combinations(((f, str(value)) for f, value in features.items()), 3)}) for features in TABLE]
+    missing, chosen = set().union(*(threes for _, threes in left)), []
+    while missing:
+        features, threes = max(left, key=lambda one: len(one[1] & missing))
+        chosen.append(features)
+        missing -= threes
+    return chosen
 
 
 def cell(device, dtype, append, layout, leftpad, mask, tokens, heads, lse):
@@ -104,11 +117,11 @@ def test_a_sample_of_the_table(triton, device, dtype, features):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("append", FEATURES["append"])
-def test_the_table(device, dtype, append, backend):
+def test_every_three_features_together(device, dtype, append, backend):
     with use_backend(backend):
-        for i, features in enumerate(TABLE):
+        for features in every_three_together():
             if features["append"] == append:
-                torch.manual_seed(i)
+                torch.manual_seed(TABLE.index(features))
                 try:
                     cell(device, dtype, **features)
                 except Exception as error:

@@ -81,6 +81,7 @@ def collected(folder, *without):
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the collecting process forks")
 
 
+@pytest.mark.slow
 @forks
 def test_every_file_is_collected_without_all_that_few_need(tmp_path):
     packages = ",".join(package for package in PACKAGES if package not in NEEDED)

@@ -1,6 +1,7 @@
 """Tensor parallelism over 2 and 4 processes against one: the same numbers, less memory, and a common end."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -65,16 +66,19 @@ def expected(folders):
 
 @pytest.fixture(scope="module")
 def given(folders, tmp_path_factory):
-    """{size: what each rank of so many has computed}"""
+    """What each rank of so many has computed, by size."""
     sizes = {2: folders, 4: {case: folder for case, folder in folders.items() if case in UNEVEN}}
-    return {
-        size: worlds.World(tmp_path_factory.mktemp("world"), size, worlds.answers, some).results() for size, some in sizes.items()
-    }
+
+    @functools.cache
+    def given(size):
+        return worlds.World(tmp_path_factory.mktemp("world"), size, worlds.answers, sizes[size]).results()
+
+    return given
 
 
-@pytest.mark.parametrize(("size", "case"), [*((2, case) for case in CASES), *((4, case) for case in UNEVEN)])
+@pytest.mark.parametrize(("size", "case"), [*((2, case) for case in CASES), *(pytest.param(4, c, marks=pytest.mark.slow) for c in UNEVEN)])
 def test_same_numbers(size, case, given, expected):
-    first, *others = (rank[case] for rank in given[size])
+    first, *others = (rank[case] for rank in given(size))
     for name, value in first.items():
         assert all(np.array_equal(value, other[name]) for other in others), f"{name}: the ranks differ"
         if name.startswith(("whole", "cached")):
@@ -280,6 +284,7 @@ def test_a_rank_is_killed_while_others_wait_for_it_to_load(tiny_folder, tmp_path
     ended(world, [0, 2], "rank 1 is gone")
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stuck(tiny_folder, tmp_path):
     """Stopped, not dead: its connections stay open, and the collectives' own limit ends the others."""
     world = worlds.World(tmp_path, 2, worlds.command, generating(tiny_folder), None, None, 8.0)

@@ -54,18 +54,25 @@ def test_rows_do_not_depend_on_their_neighbours(triton, device, dtype, vocabular
         assert all(Rows(n, vocabulary, device)(logits[:n], **options) == together[:n] for n in (1, 3))
 
 
-@pytest.mark.few(1)
 def test_equals(triton, device, dtype):
-    """The largest logit of equals is the first; the cut keeps all that equal the last; -inf is never drawn."""
+    """The largest logit of equals is the first."""
     logits = torch.full((4, 4099), -math.inf, device=device, dtype=dtype)
     logits[0, [4000, 17, 2500]] = 3.0
     logits[1] = 1.0
     logits[2, 4098] = -5.0
-    rows = Rows(4, 4099, device)
-    assert rows(logits) == [17, 0, 4098, 0]
-    few = logits[:1].expand(12, -1)
-    for options in ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.1}, {"top_k": 5000}, {"top_p": 1.0}, {"min_p": 1.0}, {}):
-        assert set(Rows(12, 4099, device)(few, temperature=1.0, **options)) == {17, 2500, 4000}
+    assert Rows(4, 4099, device)(logits) == [17, 0, 4098, 0]
+
+
+EQUALS = ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.1}, {"top_k": 5000}, {"top_p": 1.0}, {"min_p": 1.0}, {})
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("options", EQUALS, ids=str)
+def test_the_cut_keeps_equals(triton, device, dtype, options):
+    """All that equal the last that is kept; -inf is never drawn."""
+    logits = torch.full((1, 4099), -math.inf, device=device, dtype=dtype)
+    logits[0, [4000, 17, 2500]] = 3.0
+    assert set(Rows(12, 4099, device)(logits.expand(12, -1), temperature=1.0, **options)) == {17, 2500, 4000}
 
 
 EXTREMES = {"top_k": [1, 2, 60, 500], "top_p": [1e-6, 0.5, 0.98, 1.0], "min_p": [1e-3, 0.3, 1.0]}

@@ -26,7 +26,7 @@ def make(shape):
     return Llama({**sizes, "initializer_range": 0.2, "max_position_embeddings": 128, "eos_token_id": 0, **SHAPES[shape]}).eval()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_six_launches_a_layer(triton, device, shape, batch):
