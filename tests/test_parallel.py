@@ -76,7 +76,9 @@ def given(folders, tmp_path_factory):
     return given
 
 
-@pytest.mark.parametrize(("size", "case"), [*((2, case) for case in CASES), *(pytest.param(4, c, marks=pytest.mark.slow) for c in UNEVEN)])
+@pytest.mark.parametrize(
+    ("size", "case"), [*((2, case) for case in CASES), *(pytest.param(4, c, marks=pytest.mark.slow) for c in UNEVEN)]
+)
 def test_same_numbers(size, case, given, expected):
     first, *others = (rank[case] for rank in given(size))
     for name, value in first.items():
