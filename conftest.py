@@ -24,6 +24,9 @@ import pytest
 # The tests are many small products: threads cost more than they give, above all beside other work on the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# What somebody has set for their own work is not what is tested.
+for name in ("TRILLAMA_TUNING", "TRILLAMA_PDL", *(["TRILLAMA_BACKEND"] * (os.environ.get("TRILLAMA_BACKEND") != "triton"))):
+    os.environ.pop(name, None)
 
 
 def pytest_addoption(parser):

@@ -392,11 +392,11 @@ def _row_axes(shape, steps):
 # --- torch.library ---------------------------------------------------------------------------------------------------
 
 
-def register(name, function, fake, *, mutates=(), backward=None, setup_context=None):
+def register(name, function, fake, *, mutates=(), backward=None, setup_context=None, node=None):
     """A `torch.library` custom op trillama::name around `function`, which is annotated and works on every device.
 
     fake: shapes and dtypes of the result. backward(ctx, *gradients) and setup_context(ctx, inputs, output) as in
-    `torch.library.register_autograd`.
+    `torch.library.register_autograd`. node: the autograd.Function for calls that only autograd watches, if not one of these two.
     """
     if not __name__.startswith("trillama."):
         # Where the repository's root is on sys.path, transformers takes this folder for Hugging Face's package `kernels` and
@@ -413,7 +413,7 @@ def register(name, function, fake, *, mutates=(), backward=None, setup_context=N
     op.register_fake(fake)
     if backward is None and not mutates:
         backward = _refuse_derivative(name)
-    op.node = None if setup_context is None else _node(name, function, backward, setup_context)
+    op.node = node or (setup_context and _node(name, function, backward, setup_context))
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
     return op

@@ -2,8 +2,10 @@
 
     y = silu(gate) up,   silu(g) = g s,   s = 1 / (1 + exp(-g))          Shazeer 2020, arXiv:2002.05202
 
-Backward: dgate = dy up s (1 + g (1 - s)), dup = dy g s. s is recomputed: nothing is saved but the inputs.
+Backward: dgate = dy up s (1 + g (1 - s)), dup = dy g s. s is recomputed: the kernels keep nothing but the inputs.
 """
+
+from typing import Optional
 
 import torch
 
@@ -108,22 +110,42 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return reference.swiglu(gate, up).contiguous()
 
 
-def _swiglu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _swiglu_backward(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, silu: Optional[torch.Tensor] = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     if uses_triton(gate):
         return _launch(_swiglu_backward_kernel, (dy, gate, up), (_like(gate), _like(gate)))
-    return reference.swiglu_backward(dy, gate, up)
+    return reference.swiglu_backward(dy, gate, up, silu)
 
 
 def _like(x):
     return fresh(torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
+class _Node(torch.autograd.Function):
+    """The op's node, which in float32 on the reference path, where exponentials are most of the work, also keeps silu(gate), as
+    PyTorch's own nodes do."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        if uses_triton(gate) or gate.dtype != torch.float32:
+            ctx.save_for_backward(gate, up)
+            return _swiglu(gate, up)
+        silu = torch.nn.functional.silu(gate)
+        ctx.save_for_backward(gate, up, silu)
+        return (silu * up).contiguous()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return call_back(_backward_op, _swiglu_backward, dy, *ctx.saved_tensors)
+
+
 _swiglu_op = register(
     "swiglu", _swiglu, lambda gate, up: _like(gate),
     backward=lambda ctx, dy: call_back(_backward_op, _swiglu_backward, dy, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs), node=_Node,
 )  # fmt: skip
-_backward_op = register("swiglu_backward", _swiglu_backward, lambda dy, gate, up: (_like(gate), _like(gate)))
+_backward_op = register("swiglu_backward", _swiglu_backward, lambda dy, gate, up, silu=None: (_like(gate), _like(gate)))
 
 
 @remembered
@@ -131,8 +153,9 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, computed in float32 and rounded once.
 
     gate, up: [..., F] of one shape and dtype (float16, bfloat16 or float32), any strides: the two halves of a packed projection go
-    in as the views `x.chunk(2, -1)`. Returns a new contiguous tensor. Differentiable in both; the backward saves only its inputs
-    and changes nothing. Raises ValueError or TypeError for arguments that do not fit. Source: arXiv:2002.05202.
+    in as the views `x.chunk(2, -1)`. Returns a new contiguous tensor. Differentiable in both: only the inputs are kept for the
+    backward (by the reference path in float32 silu(gate) too, as PyTorch keeps it), which changes nothing. Raises ValueError or
+    TypeError for arguments that do not fit. Source: arXiv:2002.05202.
     """
     gate, up = promoted(gate, up)
     check_same("swiglu", gate=gate, up=up)

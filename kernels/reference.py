@@ -208,10 +208,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate.to(wide(gate.dtype))).mul_(up).to(gate.dtype)
 
 
-def swiglu_backward(dy, gate, up):
-    """(dgate, dup)"""
+def swiglu_backward(dy, gate, up, silu=None):
+    """(dgate, dup); silu: that of gate, where it has been kept."""
     dy32, gate32, up32 = (t.to(wide(t.dtype)) for t in (dy, gate, up))
-    dup = F.silu(gate32).mul_(dy32)
+    dup = F.silu(gate32).mul_(dy32) if silu is None else silu * dy32
     dgate = torch.ops.aten.silu_backward(dy32 * up32, gate32)
     return dgate.to(gate.dtype).contiguous(), dup.to(up.dtype).contiguous()
 

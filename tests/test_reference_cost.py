@@ -72,8 +72,8 @@ def test_backward_moves_no_more_bytes_than_what_it_replaces(op):
         ours = moved(lambda: reference.turn(*a.values(), None, False, True))
     else:
         dy = torch.randn(a["gate"].shape)
-        ours = moved(lambda: reference.swiglu_backward(dy, **a))
-        allowed += 2 * dy.nbytes  # silu(gate), which autograd has kept and we make again
+        silu = torch.nn.functional.silu(a["gate"])  # which both keep
+        ours = moved(lambda: reference.swiglu_backward(dy, **a, silu=silu))
     assert ours.bytes <= allowed, ours.names
 
 
@@ -112,4 +112,5 @@ def test_gradients_do_not_go_through_the_dispatcher(op):
     with use_backend("reference"):
         out = getattr(k, op)(**{**given, **leaves})
     node = (out[0] if isinstance(out, tuple) else out).grad_fn
-    assert type(node).__name__ == f"{op}Backward"
+    assert isinstance(node, torch.autograd.function.BackwardCFunction)
+    assert not type(node).__name__.startswith("GeneratedBackwardFor")
