@@ -28,6 +28,11 @@ def wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def cast(x, dtype):
+    """x.to(dtype), which costs microseconds also where it has nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 # --- rms_norm: Zhang & Sennrich 2019, arXiv:1910.07467 ---------------------------------------------------------------
 
 PIECE = 512  # elements
@@ -36,13 +41,14 @@ PIECE = 512  # elements
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "llama"
 ) -> torch.Tensor:
-    x32 = x.to(wide(x.dtype))
-    y = x32 * _rstd(x32, eps)
-    if casting == "llama" and x.dtype != y.dtype:
-        y = y.to(x.dtype).to(y.dtype)
-    if weight is not None:
-        y = y.mul_(factor(x, weight, offset, casting))
-    return y.to(x.dtype)
+    dtype, row = x.dtype, x.shape[-1:]
+    scale = weight if weight is None or (weight.dtype == dtype and not offset) else factor(x, weight, offset, casting)
+    if dtype == torch.float32 or dtype == torch.float64:
+        return torch.rms_norm(x, row, scale, eps)
+    if casting != "llama":
+        return torch.rms_norm(x.float(), row, None if scale is None else scale.float(), eps).to(dtype)
+    y = torch.rms_norm(x.float(), row, None, eps).to(dtype)
+    return y if scale is None else (y * scale).to(dtype)
 
 
 def _rstd(x, eps):
@@ -59,7 +65,7 @@ def _rstd(x, eps):
 
 def factor(x, weight, offset, casting):
     """offset + weight in the dtype that is computed in; casting "none" rounds the sum where x and weight share a dtype."""
-    total = weight.to(wide(x.dtype))
+    total = cast(weight, wide(x.dtype))
     if not offset:
         return total
     total = offset + total
@@ -68,7 +74,7 @@ def factor(x, weight, offset, casting):
 
 def rms_norm_backward(dy, x, weight, dtotal, eps, offset, casting, need_dweight):
     """(dx + dtotal, dweight) of rms_norm at x; dweight is empty unless it is needed."""
-    x32, g, dweight = x.to(wide(x.dtype)), dy.to(wide(x.dtype)), x.new_empty(0)
+    x32, g, dweight = cast(x, wide(x.dtype)), cast(dy, wide(x.dtype)), x.new_empty(0)
     rstd = _rstd(x32, eps)
     normal = x32 * rstd
     product = g * normal
@@ -107,30 +113,38 @@ def raises(x):
 def rows_of(op, cos, sin, positions, x):
     """The rows `positions` ([S], [B, S] or None) of the tables [P, R/2], for x [B, H, S, D]."""
     if positions is None:
-        return [table[: x.shape[2]].to(wide(x.dtype)) for table in (cos, sin)]
+        return [cast(table[: x.shape[2]], wide(x.dtype)) for table in (cos, sin)]
     if not raises(positions):
         known = ((positions >= 0) & (positions < len(cos))).unsqueeze(-1)
         rows = (F.embedding(positions.clamp(0, len(cos) - 1), table) for table in (cos, sin))
         return [row.masked_fill(~known, math.nan).to(wide(x.dtype)).unsqueeze(-3) for row in rows]
     try:
-        return [F.embedding(positions, table).to(wide(x.dtype)).unsqueeze(-3) for table in (cos, sin)]
+        return [cast(F.embedding(positions, table), wide(x.dtype)).unsqueeze(-3) for table in (cos, sin)]
     except IndexError:
         raise IndexError(f"{op}: positions are {reach(positions)}, expected 0 to {len(cos) - 1}, the rows of cos") from None
 
 
-def rotate(x, cos, sin, interleaved, inverse=False):
-    """x [B, H, S, D] turned by angles [(B, 1,) S, R/2], or back; the last D - R elements pass through. The axes of the result lie
-    in memory as those of x."""
-    half = cos.shape[-1]
-    pairs, axis = ((half, 2), -1) if interleaved else ((2, half), -2)
-    rotated = x if x.shape[-1] == 2 * half else x[..., : 2 * half]
-    rotated = rotated.to(cos.dtype).view(*x.shape[:-1], *pairs)
-    turned = rotated * cos.unsqueeze(axis)
-    sign = -1 if inverse else 1
-    turned.select(axis, 0).addcmul_(rotated.select(axis, 1), sin, value=-sign)
-    turned.select(axis, 1).addcmul_(rotated.select(axis, 0), sin, value=sign)
-    turned = turned.flatten(-2).to(x.dtype)
-    return turned if x.shape[-1] == 2 * half else torch.cat((turned, x[..., 2 * half :]), -1)
+def turning(op, cos, sin, positions, x, interleaved, inverse=False):
+    """[(B, 1,) S, R] twice: what the first R elements of x [B, H, S, D] are multiplied by to be turned by the angles of its
+    positions, or back, and what the partners in their pairs are."""
+    cos, sin = rows_of(op, cos, sin, positions, x)
+    signed = (sin, -sin) if inverse else (-sin, sin)
+    if interleaved:
+        return cos.repeat_interleave(2, -1), torch.stack(signed, -1).flatten(-2)
+    return torch.cat((cos, cos), -1), torch.cat(signed, -1)
+
+
+def rotate(x, cos, sin, interleaved):
+    """x [B, H, S, D] times what `turning` gives; the last D - R elements pass through. The axes of the result lie in memory as
+    those of x."""
+    size = cos.shape[-1]
+    part = cast(x if x.shape[-1] == size else x[..., :size], cos.dtype)
+    if interleaved:
+        partners = torch.stack((part[..., 1::2], part[..., ::2]), -1).flatten(-2)
+    else:
+        partners = part.roll(size // 2, -1)
+    turned = cast((part * cos).addcmul_(partners, sin), x.dtype)
+    return turned if x.shape[-1] == size else torch.cat((turned, x[..., size:]), -1)
 
 
 def apply_rope(
@@ -142,15 +156,15 @@ def apply_rope(
 
 def turn(q, k, cos, sin, positions, interleaved, inverse):
     """apply_rope, or with `inverse` the rotation by the opposite angles."""
-    cos, sin = rows_of("apply_rope", cos, sin, positions, q)
-    return rotate(q, cos, sin, interleaved, inverse), rotate(k, cos, sin, interleaved, inverse)
+    cos, sin = turning("apply_rope", cos, sin, positions, q, interleaved, inverse)
+    return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
 
 
 def rope_append_(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache: torch.Tensor,
     v_cache: torch.Tensor, positions: torch.Tensor, *, block_table: torch.Tensor | None = None, interleaved: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    cos, sin = rows_of("rope_append_", cos, sin, positions, q)
+    cos, sin = turning("rope_append_", cos, sin, positions, q, interleaved)
     q, k = rotate(torch.cat((q, k), 1), cos, sin, interleaved).split((q.shape[1], k.shape[1]), 1)  # half the calls
     append_("rope_append_", k, v, k_cache, v_cache, positions, block_table)
     return q
@@ -205,15 +219,15 @@ def _append_inside(k, v, k_cache, v_cache, positions, block_table):
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate.to(wide(gate.dtype))).mul_(up).to(gate.dtype)
+    return cast(F.silu(cast(gate, wide(gate.dtype))).mul_(up), gate.dtype)
 
 
 def swiglu_backward(dy, gate, up, silu=None):
     """(dgate, dup); silu: that of gate, where it has been kept."""
-    dy32, gate32, up32 = (t.to(wide(t.dtype)) for t in (dy, gate, up))
+    dy32, gate32, up32 = (cast(t, wide(t.dtype)) for t in (dy, gate, up))
     dup = F.silu(gate32).mul_(dy32) if silu is None else silu * dy32
     dgate = torch.ops.aten.silu_backward(dy32 * up32, gate32)
-    return dgate.to(gate.dtype).contiguous(), dup.to(up.dtype).contiguous()
+    return cast(dgate, gate.dtype).contiguous(), cast(dup, up.dtype).contiguous()
 
 
 # --- attention: Dao 2023, arXiv:2307.08691 ---------------------------------------------------------------------------

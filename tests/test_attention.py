@@ -89,6 +89,7 @@ def test_scores_far_from_zero(triton, device, shift):
     oracle.check(lse, exact_lse)
 
 
+@pytest.mark.few(3)
 @pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize("growth", [0.0, 1.0, 10.0, 100.0, -100.0])
 def test_scores_that_outgrow_their_maximum(triton, poisoned, device, dtype, growth, monkeypatch):

@@ -56,7 +56,7 @@ def test_a_shard_is_an_eighth():
     assert (part["hidden_size"], part["head_dim"], part["num_hidden_layers"]) == (8192, 128, 80)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hundreds_of_steps(small, family, quantize):

@@ -163,7 +163,7 @@ def test_lengths_are_those_of_the_cache(triton, monkeypatch, poisoned, device, d
     assert torch.equal(reference.decode_attention(q, k, v, wrong), reference.decode_attention(q, k, v, right))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("crosses_splits")
 @pytest.mark.parametrize("splits", [1, None])
 def test_a_page_that_is_not_there(triton, monkeypatch, poisoned, device, dtype, splits):

@@ -52,7 +52,7 @@ def test_cases_have_names_of_their_own():
         assert len({proofs.bare(name) for name in cases}) == len(cases), op
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("job", right.jobs(SMALL), ids=lambda job: job.name)
 def test_rehearsal(pretended, job):
     found = results(**job.work)
@@ -211,6 +211,7 @@ def test_without_the_tool_it_is_left_out(monkeypatch, tmp_path):
     assert safety.show([result])[1:] == ["  left out: rows: compute-sanitizer is not installed"]
 
 
+@pytest.mark.slow
 def test_the_tool_runs_the_cases(monkeypatch, tmp_path):
     """In its place a script that runs what it is given."""
     tool = tmp_path / "compute-sanitizer"

@@ -422,6 +422,7 @@ with host.idle():
 """)
 
 
+@pytest.mark.slow
 @host
 def test_what_a_launch_depends_on():
     pytest.importorskip("triton")

@@ -171,6 +171,7 @@ def test_ids_outside_of_the_table_are_named_by_the_reference(ids):
     assert lengths.tolist() == [4, 5]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("kind", [torch.tensor, np.asarray, np.float64], ids=["tensor", "array", "numpy"])
 def test_numbers_of_any_kind(device, backend, kind):

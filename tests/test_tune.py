@@ -329,6 +329,7 @@ def test_what_was_measured_is_in_the_file_whatever_comes_then(tmp_path, monkeypa
     assert len(json.loads(file.read_text())["trials"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_what_does_not_compile_or_fit_is_known_beforehand():
     """In worker processes, on a machine without a GPU."""

@@ -206,6 +206,7 @@ def test_a_process_that_does_not_start_is_reported(monkeypatch):
     assert report["error"] == "the compiler ended its process"
 
 
+@pytest.mark.slow
 def test_a_compiler_that_ends_its_process_is_reported_and_replaced():
     """As an assertion in LLVM does: the jobs after it are answered by another process."""
     pytest.importorskip("triton")
