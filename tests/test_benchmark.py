@@ -122,6 +122,7 @@ def test_the_command(tmp_path):
     assert (plots / "rms_norm.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_what_a_gpu_adds(monkeypatch):
     """On a pretended one: the device's time comes from a process of its own, with what it means on this card."""
     from types import SimpleNamespace

@@ -54,7 +54,7 @@ print(number, len(late), late[:3])
 """
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "batch", "options", "dependent"),
     [("llama", 1, "GREEDY", False), ("llama", 3, "SAMPLED", True), ("phi3", 1, "SAMPLED", False)],

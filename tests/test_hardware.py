@@ -618,7 +618,8 @@ def test_an_interruption_keeps_what_there_is(tmp_path):
     assert (tmp_path / "summary.txt").is_file()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "facts" else pytest.mark.slow) for name in SECTIONS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SECTIONS)
 def test_rehearsal(tmp_path, name):
     """Every line that a GPU would run, run: at small sizes, with a clock that means nothing and values that do."""
     run = rehearse(tmp_path, "--minutes", "14", "--only", *{"facts", name})

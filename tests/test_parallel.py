@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rounding
 import torch
 import worlds
 from trillama.bench import oracle, roofline
@@ -40,7 +41,6 @@ CASES = {
     "phi3": ("Phi3", {}),
 }  # fmt: skip
 UNEVEN = ("8/2", "8/8", "4/1", "9/3, tied", "6/2, biases")  # those of four ranks too: some of these share heads, or have more
-TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_same_numbers(size, case, given, expected):
     for name, value in first.items():
         assert all(np.array_equal(value, other[name]) for other in others), f"{name}: the ranks differ"
         if name.startswith(("whole", "cached")):
-            assert error(value, expected[case][name]) < TOLERANCE, name
+            assert error(value, expected[case][name]) < rounding.logits(), name
         elif name != "drawn without a seed":
             assert value.tolist() == expected[case][name].tolist(), name
 
@@ -405,7 +405,7 @@ def test_smollm2_logits(smollm2_gguf, tmp_path):
         given = worlds.World(tmp_path / str(size), size, worlds.answers, {"smollm2": smollm2_gguf}, timeout=400).results()[0]
         for name, value in given["smollm2"].items():
             if name.startswith(("whole", "cached")):
-                assert error(value, expected[name]) < TOLERANCE, (size, name)
+                assert error(value, expected[name]) < rounding.logits(), (size, name)
         assert given["smollm2"]["greedy"].tolist() == expected["greedy"].tolist()
 
 

@@ -20,7 +20,7 @@ def by_reference(function):
         return function()
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", trials("choose"))
 def test_steps_are_those_of_the_reference(triton, device, dtype, name):
     proofs.run("choose", name, dtype, device)

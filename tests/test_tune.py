@@ -169,13 +169,14 @@ def test_every_entry_has_a_few_candidates():
     assert [t.name for t in tune.targets(["linear"])] == ["linear", "linear-swiglu", "linear-int8", "linear-int4"]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 120])
 def test_the_list_is_of_the_architecture_asked_for(arch):
     _, out, _ = listed("dq", "--arch", f"sm_{arch}")
     assert f": attention_backward({arch}, 128, 2)\n" in out
 
 
+@pytest.mark.slow
 def test_the_interpreter_is_not_tuned():
     """Its tiles are others, and its architecture is always the same: a list of them would mislead."""
     message = "trillama: error: TRITON_INTERPRET is set, expected it unset: tune is of compiled code"
