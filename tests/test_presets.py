@@ -231,9 +231,9 @@ def test_hub_id_that_cannot_be_kept(monkeypatch, number, said):
 
 def test_pip_where_none_is_installed(monkeypatch):
     pytest.importorskip("ensurepip")
-    find = presets.importlib.util.find_spec
-    assert presets._pip() == [sys.executable, "-m", "pip"] or find("pip") is None
-    monkeypatch.setattr(presets.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    finder = presets.importlib.machinery.PathFinder
+    assert presets._pip() == [sys.executable, "-m", "pip"] or finder.find_spec("pip") is None
+    monkeypatch.setattr(finder, "find_spec", lambda name: None)
     try:
         command = presets._pip()
     except OSError as error:
@@ -241,6 +241,14 @@ def test_pip_where_none_is_installed(monkeypatch):
     else:
         done = subprocess.run([*command, "--version"], capture_output=True, text=True)
         assert done.stdout.startswith("pip ")
+
+
+def test_looking_for_pip_leaves_setuptools_alone():
+    """What finds packages for setuptools takes who asks for pip for pip itself, and torch.compile then fails in that process."""
+    pytest.importorskip("setuptools")
+    code = "from trillama.model import presets; presets._pip(); import setuptools"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_file_that_was_cut_is_fetched_again(cache, hub, pip):
