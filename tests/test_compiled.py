@@ -1,8 +1,8 @@
 """Budgets of the compiled kernels, held without a GPU: what every default tuning entry must be made of, on every architecture.
 
 The default set is the shapes of Llama-3.1-8B in bfloat16 on sm_90; the long set is the same on sm_80 and sm_100, every shape that
-the x-ray knows, in two dtypes, on all of NVIDIA's architectures, and the options of attention. They hold for whichever Triton is
-installed; CI runs the three architectures and the options under the oldest and the newest that setup.py promises.
+the x-ray knows, in two dtypes, each on two of NVIDIA's architectures, and the options of attention. They hold for whichever Triton
+is installed; CI runs the three architectures and the options under the oldest and the newest that setup.py promises.
 """
 
 import os
