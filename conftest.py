@@ -11,11 +11,14 @@ What tests use:
 Formulas in float64 and the comparison rules are in bench/oracle.py.
 """
 
+import atexit
 import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import progress
@@ -27,6 +30,22 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # What somebody has set for their own work is not what is tested.
 for name in ("TRILLAMA_TUNING", "TRILLAMA_PDL", *(["TRILLAMA_BACKEND"] * (os.environ.get("TRILLAMA_BACKEND") != "triton"))):
     os.environ.pop(name, None)
+while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # a stream that was closed (`pytest <&-`)
+    pass
+os.close(number)
+
+
+def _home_for_triton():
+    """Where Triton cannot keep code in the home, a folder of this run's: it compiles nothing without one."""
+    folder = Path(os.path.expanduser("~"), ".triton", "cache")
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if "TRITON_CACHE_DIR" in os.environ or os.access(there, os.W_OK):
+        return
+    os.environ["TRITON_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="trillama-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+_home_for_triton()
 
 
 def pytest_addoption(parser):
@@ -148,13 +167,13 @@ def pytest_make_collect_report(collector):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item):
-    with packages_there(), interpreter_willing():
+    with packages_there(), compilers_willing():
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    with packages_there(), interpreter_willing():
+    with packages_there(), compilers_willing():
         return (yield)
 
 
@@ -178,8 +197,9 @@ def packages_there():
 
 
 @contextlib.contextmanager
-def interpreter_willing():
-    """Where Triton's interpreter does not run with what else is installed, whatever asks it for a kernel is skipped for that."""
+def compilers_willing():
+    """Where Triton's interpreter does not run with what else is installed, or torch's compiler not in the temporary folder, what
+    asks for them is skipped for that."""
     try:
         yield
     except Exception as error:
@@ -188,6 +208,8 @@ def interpreter_willing():
         obstacle = dispatch.INTERPRETED and dispatch.interpreter_obstacle()
         if obstacle and obstacle in str(error):
             pytest.skip(obstacle)
+        if " " in tempfile.gettempdir() and "CppCompileError" in str(error):
+            pytest.skip(f"torch's Inductor does not quote the temporary folder, {tempfile.gettempdir()}, for the C++ compiler")
         raise
 
 

@@ -127,12 +127,16 @@ def summary(benchmarks, folder, draw=None):
     results = [dict(b.extra_info) for b in benchmarks if "us" in b.extra_info]
     if not results:
         return ["no kernel was measured"]
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "kernels.json"
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    file.write_text(json.dumps({"torch": torch.__version__, "device": name, "results": results}, indent=1) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"torch": torch.__version__, "device": name, "results": results}, indent=1) + "\n")
+        kept = f"{len(results)} results in {file}"
+    except OSError as error:  # a checkout that is not one's own, a full disk: the table is there all the same
+        kept = f"{len(results)} results, which cannot be kept: {file}: {error.strerror}"
     ops = {r["op"] for r in results}
-    lines = [*speedups(results), "", *host.report([op for op in available() if op in ops]), f"{len(results)} results in {file}"]
+    lines = [*speedups(results), "", *host.report([op for op in available() if op in ops]), kept]
     if draw:
         lines.append(f"plots: {', '.join(map(str, plots.speedups(results, Path(draw))))}")
     return lines

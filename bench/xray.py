@@ -347,7 +347,8 @@ def _work(connection):
                     answer = {"reports": examine(case, job["arch"], job["fp64_scalars"])}
         except Exception as error:
             text = str(error).strip() or type(error).__name__
-            answer = {"error": f"{type(error).__name__}: {text.splitlines()[-1].strip()}"}
+            elsewhere = "; TRITON_CACHE_DIR names another folder" if isinstance(error, OSError) else ""
+            answer = {"error": f"{type(error).__name__}: {text.splitlines()[-1].strip()}{elsewhere}"}
         connection.write(json.dumps(answer) + "\n")
         connection.flush()
 

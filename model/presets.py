@@ -170,7 +170,7 @@ def from_wheel(file):
 
 def _pip():
     """The command that runs pip: this environment's, else the one that Python carries for bootstrapping (uv installs none)."""
-    # Not importlib.util, which asks setuptools' finder too: that takes the question for pip's own, and torch.compile fails from then on.
+    # importlib.util would ask setuptools' finder too, which takes it for pip that asks, and torch.compile fails from then on.
     if importlib.machinery.PathFinder.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     with contextlib.suppress(ImportError):

@@ -5,6 +5,14 @@ import signal
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def columns():
+    """What is printed is as wide as it usually is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        yield
+
+
 @pytest.fixture
 def signals():
     """Signals do what they do in a terminal, here and in the processes that a test starts, though pytest itself may ignore them

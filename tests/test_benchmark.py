@@ -114,12 +114,15 @@ def test_the_command(tmp_path):
     if not torch.cuda.is_available():
         assert "the reference path, on this CPU" in run.stdout
         assert all("needs a GPU" in line for line in lines[1:])
-    written = json.loads((ROOT / ".benchmarks" / "kernels.json").read_text())
+    assert (plots / "rms_norm.png").read_bytes()[:4] == b"\x89PNG"
+    kept = ROOT / ".benchmarks" / "kernels.json"
+    if f"which cannot be kept: {kept}: " in run.stdout:  # somebody else's checkout
+        return
+    written = json.loads(kept.read_text())
     entry = next(r for r in written["results"] if (r["name"], r["engine"]) == ("rms_norm", "trillama"))
     assert entry["first_call_s"] > 0
     moved = case("rms_norm", "SmolLM2-135M", tokens=entry["tokens"], dtype=entry["dtype"]).moved
     assert entry["gb_s"] == pytest.approx(moved / entry["us"] / 1e3)
-    assert (plots / "rms_norm.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -30,7 +31,8 @@ def answers(*lines):
     """([status, stdout, stderr, what was loaded of packages that take long] of each command line, the process's CPU seconds)."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRILLAMA_")}
     command = [sys.executable, "-c", RUNNER, json.dumps([list(map(str, line)) for line in lines])]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment)
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

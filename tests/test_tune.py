@@ -350,7 +350,8 @@ def test_a_process_says_how_it_ended():
         list(apart.apart(range, "x"))
 
 
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where it would write
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="tune measures on a GPU, and torch finds none"):

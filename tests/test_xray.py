@@ -1,8 +1,10 @@
 """The x-ray: reading machine code, the arithmetic of its ceilings, and the command."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -234,3 +236,12 @@ def test_reports_are_kept_for_one_state_of_the_sources_and_versions(tmp_path, mo
     for name in ("triton", "torch", "liger-kernel"):
         monkeypatch.setattr(xray, "versions", lambda name=name: {name: "0"})
         assert state() not in (first, changed)
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_written_says_which_variable_names_another():
+    command = [sys.executable, "-m", "trillama.bench.xray", "swiglu", "--arch", "sm_90", "--model", "SmolLM2-135M"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": os.devnull, "TRILLAMA_CACHE": os.devnull}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "; TRITON_CACHE_DIR names another folder" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
