@@ -245,6 +245,8 @@ def _serve(connection, log, rehearse, alone):
             with contextlib.suppress(OSError):  # a full disk
                 print(f"{JOB}{function.__module__}.{function.__name__} {arguments}", file=sys.stderr, flush=True)
             status, error = _attempt(function, arguments, lambda value: connection.send(("value", value)))
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()  # what a job has printed stands in the log before what the next one does
             lost = _lost(status)
             connection.send(("end", (status, error, lost)))
             if lost:
