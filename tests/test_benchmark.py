@@ -98,6 +98,7 @@ def test_calls_are_timed_as_in_a_step(monkeypatch):
     assert getattr(decode._own, "counters", None) is None
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     """The whole way on a few entries: table, JSON, plots."""
     pytest.importorskip("pytest_benchmark")

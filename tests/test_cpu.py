@@ -88,7 +88,7 @@ def test_interleaved_pairs(monkeypatch):
     assert oracle.error(logits["auto"], logits["reference"]) < rounding.logits()
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_low_precision(bits, monkeypatch):

@@ -194,6 +194,7 @@ def test_what_had_no_room_is_written_as_soon_as_there_is_some(tmp_path, capsys):
     assert out.count("not on disk") == 2
 
 
+@pytest.mark.slow
 def test_a_crash_and_a_hang_cost_their_job(worker):
     assert worker(jobs.dies)[0] == ("crashed", "ended by SIGSEGV")
     assert worker(jobs.leaves)[0] == ("crashed", "ended with status 7")

@@ -130,6 +130,7 @@ def test_a_step_that_replays_something_else_is_found(pretended, monkeypatch):
     assert all("differs from eager steps at id 1" in r["error"] for r in found if "error" in r)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_captured_is_found(pretended, monkeypatch):
     monkeypatch.setattr(right.generation.Step, "__call__", lambda step, width: step.work())
     found = results(what="step", model="tiny", dtype="fp16", bits=None, rows=1, new=3)

@@ -218,6 +218,7 @@ def test_tables_grow():
     assert tables[0].shape[0] == 1500
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compile():
     """One graph for all lengths and one for all decode steps, none of them broken."""

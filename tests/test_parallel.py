@@ -270,6 +270,7 @@ def ended(world, survivors, message):
         assert "Traceback" not in world.output(rank, "err")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dies", [0, 1, 2])
 def test_a_rank_is_killed(dies, tiny_folder, tmp_path):
     """SIGKILL in the middle of a text, without torchrun to notice it: the system says that a connection is closed."""
@@ -306,6 +307,7 @@ def test_a_rank_that_never_comes(absent, tiny_folder, tmp_path):
     assert "trillama: error: the ranks did not find each other within 1 s: " in world.output(1 - absent, "err")
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank(tiny_folder, tmp_path):
     world = worlds.World(tmp_path, 2, worlds.failing, generating(tiny_folder), 1)
     ended(world, [0, 1], "rank 1: CUDA out of memory. Tried to allocate 20 GiB")

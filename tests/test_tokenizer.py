@@ -677,7 +677,7 @@ HOSTILE = {
 
 
 @pytest.mark.few(6)
-@pytest.mark.parametrize("how", HOSTILE)
+@pytest.mark.parametrize("how", [pytest.param(how, marks=[pytest.mark.slow] * (how == "endless")) for how in HOSTILE])
 def test_hostile_template(tmp_path, monkeypatch, how):
     template, words = HOSTILE[how]
     monkeypatch.setattr(chat_template, "SECONDS", 4)

@@ -232,7 +232,7 @@ def test_the_fastest_that_computes_the_same_is_found():
 
 @pytest.mark.few(1)
 @interpreted
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "key", "fields"),
     [

@@ -157,6 +157,7 @@ def test_no_overlap_ceiling(arch, block_m, block_n, instructions, warps, ceiling
     assert loop["perfect_overlap"] >= loop["no_overlap"]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     out, plot = tmp_path / "out.json", tmp_path / "plots" / "x.png"
