@@ -214,7 +214,7 @@ def test_the_reference(op, count):
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in")  # what a masked lane computes
-@counts(2, 150)
+@counts(2, 100)
 def test_the_kernels(op, count):
     if not INTERPRETED:
         pytest.skip("a shape is compiled in seconds: random ones are for the interpreter")

@@ -233,25 +233,40 @@ def compare(models, architectures):
     assert not worse
 
 
+@pytest.fixture(scope="module")
+def everything():
+    """The shapes of every model, in each dtype on two architectures, in turn; `trillama xray --all` has all of them on all."""
+    questions = []
+    for turn, arch in enumerate(NVIDIA):
+        for shift, precision in enumerate(("bf16", "fp32")):
+            cases = [
+                case(op, model, dtype=precision, backward=backward)
+                for op, backward in KINDS
+                for i, model in enumerate(OPS[op].models)
+                if (i + turn + shift) % 3 == 0
+            ]
+            questions += xray.code_questions(cases, [arch])
+    with xray.Workers() as workers:
+        return [report for reports in xray.answers(questions, workers) for report in reports]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", NAMES)
-def test_all_budgets(name, precision):
-    """The shapes of every model on two architectures, in turn; `trillama xray --all` has all of them on all."""
-    op, backward = KINDS[NAMES.index(name)]
-    reports = []
-    for turn in range(3):
-        models = [model for i, model in enumerate(OPS[op].models) if (i + turn + (precision == "fp32")) % 3 == 0]
-        reports += xray.survey([case(op, model, dtype=precision, backward=backward) for model in models], NVIDIA[turn::3])
-    check(reports)
+def test_all_budgets(everything, name, precision):
+    check([r for r in everything if (r["op"], r["dtype"]) == (name, precision)])
+
+
+@pytest.fixture(scope="module")
+def on_amd():
+    return xray.survey([case(op, "Llama-3.1-8B", backward=backward) for op, backward in KINDS], ["gfx942"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_amd_compiles(name):
+def test_amd_compiles(on_amd, name):
     """As far as Triton goes there: it compiles, without spills, within the 64 KiB that a program may have."""
-    op, backward = KINDS[NAMES.index(name)]
-    (r, *_) = xray.survey([case(op, "Llama-3.1-8B", backward=backward)], ["gfx942"])
+    r = next(r for r in on_amd if r["op"] == name)
     assert not violations({**r, "op": "", "loop": None, "loads": {}, "stores": {}} if "error" not in r else r)
 
 

@@ -153,9 +153,9 @@ def test_cache_and_no_cache_agree(model, fact):
 
 @pytest.mark.slow
 def test_triton_agrees_with_the_reference(model, tokenizer, triton):
-    """A prefill and three decode steps of the whole model through the Triton kernels."""
+    """A prefill and a decode step of the whole model through the Triton kernels."""
     ids = torch.tensor([encode(tokenizer, "a fact")])
-    steps = [ids, *torch.tensor([[7042], [28], [284]]).split(1)]
+    steps = [ids, torch.tensor([[7042]])]
 
     def run():
         cache = KVCache(model.config, 1, 64)
@@ -163,7 +163,7 @@ def test_triton_agrees_with_the_reference(model, tokenizer, triton):
             return [model(step, cache) for step in steps]
 
     ours = run()
-    assert len(triton.names) == 4 * (6 * 30 + 2)  # six launches a layer, the last norm, the head; the prompt is short too
+    assert len(triton.names) == 2 * (6 * 30 + 2)  # six launches a layer, the last norm, the head; the prompt is short too
     with use_backend("reference"):
         expected = run()
     for a, b in zip(ours, expected):
