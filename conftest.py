@@ -39,7 +39,7 @@ def _home_for_triton():
     """Where Triton cannot keep code in the home, a folder of this run's: it compiles nothing without one."""
     folder = Path(os.path.expanduser("~"), ".triton", "cache")
     there = next(p for p in (folder, *folder.parents) if p.exists())
-    if "TRITON_CACHE_DIR" in os.environ or os.access(there, os.W_OK):
+    if "TRITON_CACHE_DIR" in os.environ or (there.is_dir() and os.access(there, os.W_OK)):
         return
     os.environ["TRITON_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="trillama-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -78,7 +78,8 @@ class Worker:
                 self.start()
             except Exception as error:  # no memory, no file handle, no server to fork from: the next job may have more luck
                 self.end()
-                raise Died("crashed", f"no process could be started: {one_line(error)}") from None
+                shorter = "; TMPDIR names a folder with a shorter one" if "AF_UNIX path too long" in str(error) else ""
+                raise Died("crashed", f"no process could be started: {one_line(error)}{shorter}") from None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who has died meanwhile says so below
             self.connection.send((function, arguments))
         while True:

@@ -56,7 +56,8 @@ def test_a_process_that_cannot_be_started_costs_its_job(worker, monkeypatch):
     """No memory for a fork, no file handles, no server to fork from."""
     from multiprocessing.process import BaseProcess
 
-    for error in (BlockingIOError(11, "Resource temporarily unavailable"), MemoryError(), EOFError("unexpected EOF")):
+    too_long = OSError("AF_UNIX path too long")
+    for error in (BlockingIOError(11, "Resource temporarily unavailable"), MemoryError(), EOFError("unexpected EOF"), too_long):
 
         def start(process, error=error):
             raise error
