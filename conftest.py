@@ -67,7 +67,6 @@ def pytest_configure(config):
         quicken()
     if config.getoption("--benchmark") and config.args_source.name != "ARGS":
         config.args[:] = [str(config.rootpath / "bench" / "bench_kernels.py")]
-    config.option.loadscopereorder = False  # pytest-xdist's order, by the number of tests: `progress.first` knows better
     progress.register(config)
 
 
@@ -121,8 +120,6 @@ def pytest_collection_modifyitems(config, items):
     for spared in (in_all_but_one_dtype, beyond_a_few):
         for item in list(spared(items)):
             item.add_marker(pytest.mark.slow)
-    if len({item.path for item in items}) > len(progress.FIRST):  # all of the tests, not what somebody has named
-        progress.first(items)
     if not config.option.markexpr:
         slow = [item for item in items if item.get_closest_marker("slow")]
         if slow:

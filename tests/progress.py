@@ -10,10 +10,6 @@ import pytest
 
 EVERY = 15  # seconds between two lines
 WORK = 600  # seconds of one core that the default tests take, about
-FIRST = [  # the files that take longest, which a process begins with: else the last one of them is waited for by all
-    "compiled", "smollm2", "cpu", "parallel", "torch", "sampling", "compat_transformers", "host_cost", "packaging", "varlen",
-    "hardware", "cli", "compat_flash_attn", "tune", "decode", "checkpoint", "attention", "hardware_right", "tokenizer", "settings",
-]  # fmt: skip
 
 
 def cores():
@@ -41,12 +37,6 @@ def whole(config):
     """Whether the default tests are asked for, all of them."""
     option = config.option
     return config.args_source.name == "TESTPATHS" and not (option.keyword or option.markexpr or option.benchmark or option.lf)
-
-
-def first(items):
-    """Sorts the tests, file by file: those of FIRST come first."""
-    place = {f"test_{name}.py": i for i, name in enumerate(FIRST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def register(config):
