@@ -803,10 +803,14 @@ def _run(kernel, *arguments):
     """kernel(*arguments) on as many threads as PyTorch may use."""
     with _Pool.lock:
         _Pool.entered = True
-        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        allowed = torch.get_num_threads()
+        threads = min(allowed, numba.config.NUMBA_NUM_THREADS)
         if threads != numba.get_num_threads():
             numba.set_num_threads(threads)
-        return kernel(*arguments)
+        result = kernel(*arguments)
+        if torch.get_num_threads() != allowed:  # as Numba starts its threads it sets OpenMP's number, which is PyTorch's too
+            torch.set_num_threads(allowed)
+        return result
 
 
 # --- the code ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 
 import pytest
 import rounding
@@ -367,3 +369,9 @@ def test_a_cache_whose_tensors_are_replaced():
     found = ours(ids[order, 11:], cache)
     with use_backend("reference"):
         assert oracle.error(found, ours(ids)[order, 11:]) < rounding.logits()
+
+
+def test_pytorch_keeps_its_threads():
+    """Those of Numba, which start with the first step, are no reason for PyTorch to use more than it was told to."""
+    code = "import torch; from trillama.kernels import cpu; torch.set_num_threads(1); cpu._run(int); print(torch.get_num_threads())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
