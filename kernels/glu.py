@@ -142,7 +142,7 @@ class _Node(torch.autograd.Function):
 
 _swiglu_op = register(
     "swiglu", _swiglu, lambda gate, up: _like(gate),
-    backward=lambda ctx, dy: call_back(_backward_op, _swiglu_backward, dy, *ctx.saved_tensors),
+    backward=_Node.backward,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs), node=_Node,
 )  # fmt: skip
 _backward_op = register("swiglu_backward", _swiglu_backward, lambda dy, gate, up, silu=None: (_like(gate), _like(gate)))

@@ -199,7 +199,6 @@ print(len(late), late[:3])
 
 
 @pytest.mark.slow
-@pytest.mark.few(1)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_decode_of_200_steps_compiles_nothing_after_its_first(batch):
     """From 441 to 641 tokens: across a split boundary, multiples of 16 and of 64, and back."""

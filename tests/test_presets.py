@@ -245,7 +245,7 @@ def test_pip_where_none_is_installed(monkeypatch):
 
 def test_looking_for_pip_leaves_setuptools_alone():
     """What finds packages for setuptools takes who asks for pip for pip itself, and torch.compile then fails in that process."""
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", reason="without setuptools there is nothing to disturb")
     code = "from trillama.model import presets; presets._pip(); import setuptools"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -230,7 +230,6 @@ def test_the_fastest_that_computes_the_same_is_found():
     assert tuning.rows(576, 4) == own
 
 
-@pytest.mark.few(1)
 @interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize(
